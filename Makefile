@@ -1,0 +1,39 @@
+# make demo: set up and run the main job.  make test: set up and run all tests.  VENV=DIR puts the environment elsewhere.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+# Written last, so that an interrupted installation is taken up again.
+READY = $(VENV)/.palimpsest-ready
+
+.PHONY: demo test lint format schemas small-vit clean
+
+demo: $(READY)
+	$(BIN)/python main.py --config exps/quickstart.json --resume
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+schemas: $(READY)
+	$(BIN)/python main.py --write-schemas exps/schema
+
+small-vit: $(READY)
+	$(BIN)/python main.py --config exps/pretrain/glyphs.json --resume
+	$(BIN)/python -m convs.export runs/pretrain/glyphs/seed1993/checkpoint/last.pt data/small_vit.safetensors
+
+$(READY): requirements.txt requirements-dev.txt constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit("Palimpsest needs Python 3.10 or newer, this is " + sys.version) if sys.version_info < (3, 10) else None'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt -c constraints.txt
+	touch $(READY)
+
+clean:
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache

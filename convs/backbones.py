@@ -1,0 +1,147 @@
+"""Any timm model, or the bundled small ViT, as a feature extractor of known width.
+
+`backbone` in a config is a full timm tag ("vit_base_patch16_224.augreg_in21k"), "small_vit", or an object
+{"name": "vit" | timm architecture, ...constructor arguments}; `weights` is a file, "random", or absent (the tag's own).
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+from torch import Tensor, nn
+
+from convs.weights import RANDOM, LoadReport, load_weights
+from utils.errors import ConfigError, UserError, WeightsError, did_you_mean
+
+SMALL_VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 128, "depth": 6, "num_heads": 4}
+SMALL_VIT_FILE = Path(__file__).resolve().parent.parent / "data" / "small_vit.safetensors"
+NAMED = {"small_vit": SMALL_VIT}
+
+
+@dataclass(frozen=True)
+class BackboneInfo:
+    """mean, std: what the backbone's own recipe subtracts from pixels in [0, 1]."""
+
+    name: str
+    feature_dim: int
+    image_size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    report: LoadReport
+
+
+class Backbone(nn.Module):
+    """images (B, 3, s, s) -> features (B, D): what the model's own classifier would read."""
+
+    def __init__(self, model: nn.Module, feature_dim: int):
+        super().__init__()
+        self.model = model
+        self.feature_dim = feature_dim
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.model(images)
+
+
+def make_backbone(spec: str | Mapping[str, Any], weights: str | None, image_size: int | None):
+    """(Backbone, BackboneInfo).
+
+    Raises UserError for an unknown or ambiguous name or wrong constructor arguments, WeightsError for the weights.
+    """
+    model: Any = _construct(spec, image_size, pretrained=weights is None)
+    name = spec if isinstance(spec, str) else str(spec["name"])
+    if weights == "random":
+        report = RANDOM
+    elif weights is not None:
+        report = load_weights(model, Path(weights).expanduser())
+    elif name in NAMED:
+        report = load_weights(model, SMALL_VIT_FILE)
+    elif isinstance(spec, str):
+        report = LoadReport(name, None, 1.0)
+    else:
+        report = RANDOM
+    cfg = getattr(model, "pretrained_cfg", None) or {}
+    info = BackboneInfo(
+        name=name,
+        feature_dim=int(model.num_features),
+        image_size=image_size or input_size(spec),
+        mean=(0.5,) * 3 if name in NAMED else tuple(cfg.get("mean", (0.0,) * 3)),
+        std=(0.5,) * 3 if name in NAMED else tuple(cfg.get("std", (1.0,) * 3)),
+        report=report,
+    )
+    return Backbone(model, info.feature_dim), info
+
+
+def input_size(spec: str | Mapping[str, Any]) -> int:
+    """Pixels a side that a backbone expects, known without building it."""
+    name = spec if isinstance(spec, str) else str(spec.get("name"))
+    arguments = {} if isinstance(spec, str) else spec
+    if isinstance(size := arguments.get("img_size") or NAMED.get(name, {}).get("img_size"), int):
+        return size
+    if name == "vit" or not timm.is_model(name.partition(".")[0]):
+        return 224
+    cfg = timm.get_pretrained_cfg(name, allow_unregistered=True)
+    return int(cfg.input_size[-1]) if cfg is not None else 224
+
+
+def _construct(spec: str | Mapping[str, Any], image_size: int | None, pretrained: bool) -> nn.Module:
+    """The timm model without its classifier."""
+    from timm.models.vision_transformer import VisionTransformer
+
+    if isinstance(spec, str):
+        name, arguments = spec, {}
+    else:
+        arguments = dict(spec)
+        name = arguments.pop("name", None)
+        if not isinstance(name, str):
+            raise ConfigError("backbone", ['an object needs "name": "vit" or a timm architecture'])
+        pretrained = False
+    if image_size is not None and name not in NAMED and not arguments.get("img_size"):
+        arguments |= _size_argument(name, image_size)
+    try:
+        if name == "vit":
+            return VisionTransformer(num_classes=0, **arguments)
+        if name in NAMED:
+            return VisionTransformer(num_classes=0, **(NAMED[name] | arguments))
+        _check_name(name, pretrained)
+        return timm.create_model(name, pretrained=pretrained, num_classes=0, **arguments)
+    except UserError:
+        raise
+    except (TypeError, ValueError, AssertionError) as error:
+        raise ConfigError("backbone", [f'"{name}" does not accept {arguments}: {error}']) from None
+    except Exception as error:  # noqa: BLE001 - the hub raises its own, changing, types
+        raise WeightsError(
+            f"the weights of '{name}' could not be downloaded ({str(error).splitlines()[0][:200]}). Without a network, "
+            'fetch the file on another machine and name it: "weights": FILE (.npz, .pth or .safetensors)'
+        ) from None
+
+
+def _size_argument(name: str, image_size: int) -> dict[str, int]:
+    """Transformers fix their grid at construction; convolutional networks take any size."""
+    architecture = name.partition(".")[0]
+    return {"img_size": image_size} if architecture == "vit" or "vit" in architecture or "swin" in architecture else {}
+
+
+def _check_name(name: str, pretrained: bool) -> None:
+    """A bare architecture name means different files under different timm versions: ask for the tag."""
+    architecture, dot, tag = name.partition(".")
+    if not timm.is_model(architecture):
+        near = did_you_mean(architecture, [*timm.list_models(), *NAMED, "vit"])
+        raise ConfigError("backbone", [f'unknown backbone "{name}"{near or "; --list shows what can be named"}'])
+    tags = [full for full in timm.list_pretrained(f"{architecture}.*") if full.startswith(architecture + ".")]
+    if dot and name not in tags:
+        near = did_you_mean(name, tags)
+        raise ConfigError("backbone", [f'"{architecture}" has no weights tagged "{tag}"{near}{_tag_list(tags)}'])
+    if pretrained and not dot:
+        raise ConfigError(
+            "backbone",
+            [
+                f'"{name}" names no weights: which file it means has changed between timm versions'
+                f'{_tag_list(tags)}; or give "weights": FILE or "random"'
+            ],
+        )
+
+
+def _tag_list(tags: list[str]) -> str:
+    return f". Full tags: {', '.join(tags)}" if tags else ". timm has no weights for it"

@@ -1,0 +1,331 @@
+"""One run: seed, data, learner, task sequence, evaluation, results, checkpoint."""
+
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from convs.backbones import input_size
+from models.base import Learner
+from models.parts.loop import Fit, evaluate, fit
+from utils import checkpoint
+from utils.config import RunConfig
+from utils.data_manager import DataManager, Task
+from utils.errors import Interrupted, UserError
+from utils.factory import build_learner
+from utils.interrupt import StopSignal
+from utils.metrics import summarise
+from utils.plots import plot_run, plot_seeds
+from utils.results import (
+    EpochLog,
+    curve_text,
+    make_folder,
+    read_result,
+    run_log,
+    summarise_seeds,
+    summary_table,
+    write_json,
+    write_text,
+)
+from utils.runtime import Runtime
+from utils.seed import rng_state, seed_everything, set_rng_state
+
+log = logging.getLogger(__name__)
+
+
+def run(config: RunConfig, folder: Path, resume: bool) -> None:
+    """Run every seed of a config below `folder`, then summarise the seeds that are there.
+
+    Raises UserError, TrainingError or Interrupted; what was done until then is saved.
+    """
+    runtime = Runtime(config.device, config.precision, config.num_workers, config.compile)
+    for seed in config.seeds:
+        run_seed(config.with_seed(seed), folder / f"seed{seed}", runtime, resume)
+    if runtime.is_main:
+        _summarise(config, folder)
+
+
+def prepare(config: RunConfig, runtime: Runtime) -> tuple[DataManager, Learner]:
+    """Data first, then the learner, seeded: what both a run and --check begin with."""
+    manager = DataManager(config, config.image_size or input_size(config.backbone))
+    constant = torch_seed(config)
+    seed_everything(constant)
+    learner = build_learner(config, runtime)
+    return manager, learner
+
+
+def torch_seed(config: RunConfig) -> int:
+    """The seed of a single-seed config; with "upstream", the constant that some references seed torch with."""
+    from utils.factory import LEARNERS
+
+    constant = LEARNERS[config.model_name].upstream_seed
+    return constant if config.upstream and constant is not None else config.seeds[0]
+
+
+def run_seed(config: RunConfig, folder: Path, runtime: Runtime, resume: bool) -> None:
+    """One seed in its own folder. A finished seed is skipped when resuming."""
+    _claim(folder, config, resume)
+    if (result := read_result(folder)) is not None and result["finished"]:
+        log.info("%s: finished, skipped", folder)
+        return
+    if runtime.is_main:
+        make_folder(folder)
+    runtime.barrier()
+    with run_log(folder, runtime.is_main), StopSignal() as stop:
+        SeedRun(config, folder, runtime, stop).run()
+
+
+class SeedRun:
+    """The task sequence of one seed, and everything that has to survive a kill."""
+
+    def __init__(self, config: RunConfig, folder: Path, runtime: Runtime, stop: StopSignal):
+        self.config, self.folder, self.runtime, self.stop = config, folder, runtime, stop
+        runtime.stopwatch.seconds.clear()
+        self.manager, self.learner = prepare(config, runtime)
+        tasks = len(self.manager)
+        self.correct = np.full((2, tasks, tasks), np.nan)  # class-incremental, task known
+        self.stored_bytes: list[int] = []
+        self.trainable: list[int] = []
+        self.images_trained, self.peak_memory, self.total_before = 0, 0.0, 0.0
+        self.task, self.stage, self.fit_state = 0, "start", None
+        self.started = self.saved_at = time.perf_counter()
+        self.checkpoint = folder / "checkpoint" / "last.pt"
+        epoch_lines = self._restore() if self.checkpoint.is_file() else 0
+        if runtime.is_main:
+            write_json(folder / "config.json", config.model_dump(mode="json"))
+            self.epochs = EpochLog(folder / "epochs.jsonl", keep=epoch_lines)
+
+    def run(self) -> None:
+        info = self.learner.backbone_info
+        log.info("%s on %s, seed %s: %d tasks", self.config.model_name, self.config.dataset, self.config.seed,
+                 len(self.manager))  # fmt: skip
+        log.info("%s; %s", self.runtime.device, info.report)
+        if self.stage == "done":
+            self.task, self.stage = self.task + 1, "start"
+        for index in range(self.task, len(self.manager)):
+            self._run_task(self.manager[index])
+        self._report()
+
+    def _run_task(self, task: Task) -> None:
+        learner, self.task = self.learner, task.index
+        learner.task = task
+        if self.stage == "start":
+            learner.before_task(task)
+        if self.stage in ("start", "fit"):
+            self.trainable = self.trainable[: task.index]
+            self.trainable.append(sum(p.numel() for p in learner.parameters() if p.requires_grad))
+            resume, self.fit_state = self.fit_state, None
+            with self.stop.deferred():
+                self.stage = "fit"
+                fit(learner, task, Progress(self, task), resume)
+                if learner.epochs(task):
+                    self._save("fitted")
+        learner.after_task(task)
+        self.correct[:, task.index, : task.index + 1] = evaluate(learner, self.manager[: task.index + 1])
+        self.stored_bytes = [*self.stored_bytes[: task.index], learner.stored_bytes()]
+        result = self.result()
+        log.info("task %d/%d  accuracy %.2f  average %.2f  task known %.2f", task.index + 1, task.num_tasks,
+                 result["last_acc"], result["avg_acc"], result["last_acc_task_il"])  # fmt: skip
+        self._save("done")
+        self.stage = "start"
+
+    def result(self) -> dict[str, Any]:
+        """What result.json holds, for the tasks done so far."""
+        done = self.task + 1
+        counts = np.array([len(task.test) for task in self.manager[:done]], dtype=float)
+        seconds = dict(self.runtime.stopwatch.seconds)
+        config, manager, info = self.config, self.manager, self.learner.backbone_info
+        return {
+            **summarise(self.correct[0, :done, :done], self.correct[1, :done, :done], counts),
+            "finished": done == len(manager),
+            "tasks": len(manager),
+            "task_sizes": manager.task_sizes,
+            "domains": list(manager.data.domain_names),
+            "class_order": manager.class_order.tolist(),
+            "seconds": seconds | {"total": self._total_seconds()},
+            "images_per_second": self.images_trained / seconds["train"] if seconds.get("train") else None,
+            "peak_memory_mib": max(self.peak_memory, self.runtime.peak_memory_mib()),
+            "parameters": {
+                "total": sum(p.numel() for p in self.learner.parameters()),
+                "trainable": max(self.trainable, default=0),
+                "trainable_per_task": self.trainable,
+                "stored_bytes_per_task": self.stored_bytes,
+            },
+            "config": config.model_dump(mode="json"),
+            "environment": self.runtime.describe(),
+            "data": {
+                "name": manager.data.name, "split": manager.data.variant, "hash": manager.data.digest,
+                "train": len(manager.data.train), "test": len(manager.data.test),
+            },
+            "weights": {
+                "name": info.report.name, "sha256": info.report.sha256, "matched": info.report.matched,
+                "missing": list(info.report.missing), "unexpected": list(info.report.unexpected),
+            },
+        }  # fmt: skip
+
+    def _total_seconds(self) -> float:
+        return self.total_before + time.perf_counter() - self.started
+
+    def _report(self) -> None:
+        if not self.runtime.is_main:
+            return
+        result = self.result()
+        write_json(self.folder / "result.json", result)
+        plot_run(result, self.folder / "plots")
+        log.info("%s", curve_text(result))
+        log.info("results in %s", self.folder)
+
+    def save_inside_task(self, fit_state: Fit) -> None:
+        self._save("fit", fit_state.state_dict())
+
+    def _save(self, stage: str, fit_state: dict[str, Any] | None = None) -> None:
+        """Write the checkpoint, and result.json after a task."""
+        with self.stop.deferred(), self.runtime.stopwatch("checkpoint"):
+            states = self.runtime.gather(rng_state())
+            if not self.runtime.is_main:
+                return
+            learner = self.learner
+            state = {
+                "task": self.task,
+                "stage": stage,
+                "fit": fit_state,
+                "learner": learner.state_dict(),
+                "parts": {name: part.state_dict() for name, part in learner.parts().items()},
+                "requires_grad": [name for name, p in learner.named_parameters() if p.requires_grad],
+                "rng": states,
+                "correct": torch.from_numpy(self.correct),
+                "stored_bytes": self.stored_bytes,
+                "trainable": self.trainable,
+                "images_trained": self.images_trained,
+                "peak_memory": max(self.peak_memory, self.runtime.peak_memory_mib()),
+                "seconds": dict(self.runtime.stopwatch.seconds),
+                "total": self._total_seconds(),
+                "epoch_lines": self.epochs.lines,
+            }
+            if stage == "done":
+                write_json(self.folder / "result.json", self.result() | {"finished": False})
+            checkpoint.save(state, self.checkpoint)
+            self.saved_at = time.perf_counter()
+
+    def _restore(self) -> int:
+        """Take up the checkpoint; the number of epoch lines that belong to it."""
+        state = checkpoint.load(self.checkpoint)
+        learner = self.learner
+        self.task, self.stage, self.fit_state = state["task"], state["stage"], state["fit"]
+        learner.task = self.manager[self.task]
+        learner.load_state_dict(state["learner"])
+        trainable = set(state["requires_grad"])
+        for name, parameter in learner.named_parameters():
+            parameter.requires_grad_(name in trainable)
+        for name, part in learner.parts().items():
+            part.load_state_dict(state["parts"][name])
+        self.correct = state["correct"].numpy()
+        self.stored_bytes, self.trainable = state["stored_bytes"], state["trainable"]
+        self.images_trained, self.peak_memory = state["images_trained"], state["peak_memory"]
+        self.runtime.stopwatch.seconds.update(state["seconds"])
+        self.total_before = state["total"]
+        states = state["rng"]
+        set_rng_state(states[self.runtime.rank if self.runtime.rank < len(states) else 0])
+        log.info("resumed from task %d/%d (%s)", self.task + 1, len(self.manager), self.stage)
+        return state["epoch_lines"]
+
+
+class Progress:
+    """Watches `fit`: bar, epoch line, epochs.jsonl, checkpoints by the clock, stopping on a signal."""
+
+    AGREE_EVERY = 20  # steps between agreements of several processes on saving and stopping
+
+    def __init__(self, seed_run: SeedRun, task: Task):
+        self.run, self.task = seed_run, task
+        self.bar: tqdm | None = None
+        self.seen_before = 0
+
+    def epoch_started(self, batches: int, done: int) -> None:
+        # disable=None: no bar where the output is not a terminal
+        disable = None if self.run.runtime.is_main else True
+        self.bar = tqdm(total=batches, initial=done, leave=False, disable=disable, desc=f"task {self.task.index + 1}")
+
+    def step_done(self, fit_state: Fit) -> None:
+        run = self.run
+        if self.bar is not None:
+            self.bar.update()
+        if run.runtime.world > 1 and fit_state.step % self.AGREE_EVERY:
+            return
+        due = time.perf_counter() - run.saved_at > 60 * run.config.checkpoint_minutes
+        if run.runtime.any(run.stop.requested):
+            self._save_and_stop(fit_state)
+        if run.runtime.any(due):
+            run.save_inside_task(fit_state)
+
+    def epoch_done(self, fit_state: Fit, numbers: dict[str, float]) -> None:
+        run, config, task = self.run, self.run.config, self.task
+        if self.bar is not None:
+            self.bar.close()
+        run.images_trained += len(run.learner.train_data(task))
+        if config.eval_every and fit_state.epoch % config.eval_every == 0 and fit_state.epoch < fit_state.epochs:
+            tasks = run.manager[: task.index + 1]
+            numbers["accuracy"] = 100 * evaluate(run.learner, tasks)[0].sum() / sum(len(t.test) for t in tasks)
+        left = (fit_state.epochs - fit_state.epoch) * numbers.pop("seconds")
+        line = {"task": task.index + 1, "epoch": fit_state.epoch, "epochs": fit_state.epochs, **numbers}
+        extra = "".join(f"  {k} {v:.4g}" for k, v in numbers.items() if k not in ("loss", "lr", "images_per_second"))
+        log.info("task %d/%d  epoch %d/%d  loss %.4f  lr %.1e  %.0f img/s  eta %s%s", task.index + 1, task.num_tasks,
+                 fit_state.epoch, fit_state.epochs, numbers["loss"], numbers["lr"], numbers["images_per_second"],
+                 _duration(left), extra)  # fmt: skip
+        if run.runtime.is_main:
+            run.epochs.append(line)
+        if run.runtime.any(run.stop.requested):
+            self._save_and_stop(fit_state)
+
+    def _save_and_stop(self, fit_state: Fit) -> None:
+        self.run.save_inside_task(fit_state)
+        raise Interrupted("a signal")
+
+
+def _claim(folder: Path, config: RunConfig, resume: bool) -> None:
+    """Refuse a folder that holds another config, another run's results without --resume, or foreign files."""
+    import json
+
+    path = folder / "config.json"
+    if not path.is_file():
+        if folder.is_dir() and any(folder.iterdir()):
+            raise UserError(
+                f"'{folder}' is not empty and holds no run of ours. Choose another folder with --output DIR"
+            )
+        return
+    saved = json.loads(path.read_text(encoding="utf-8"))
+    if differing := config.same_run(saved):
+        now = config.model_dump(mode="json")
+        shown = ", ".join(f"{key} {saved.get(key)} there, {now.get(key)} now" for key in differing[:5])
+        raise UserError(
+            f"'{folder}' holds a run with another config ({shown}). Choose another folder with --output DIR"
+        )
+    if not resume:
+        raise UserError(
+            f"'{folder}' holds this run already. --resume continues it (and skips what is finished); "
+            "--output DIR starts it anew elsewhere"
+        )
+
+
+def _summarise(config: RunConfig, folder: Path) -> None:
+    """summary.json, summary.md and the seeds' curves, over all finished seeds of this config in the folder."""
+    found = [read_result(path) for path in sorted(folder.glob("seed*")) if path.is_dir()]
+    results = [r for r in found if r is not None and r["finished"] and not config.same_run(r["config"])]
+    if not results:
+        return
+    summary = summarise_seeds(results)
+    write_json(folder / "summary.json", summary)
+    write_text(folder / "summary.md", f"# {config.model_name} on {config.dataset}\n\n{summary_table(summary)}")
+    if len(results) > 1:
+        plot_seeds(results, folder / "plots" / "seeds.png")
+        log.info("mean of %d seeds: last %.2f, average %.2f", len(results), summary["last_acc"]["mean"],
+                 summary["avg_acc"]["mean"])  # fmt: skip
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"

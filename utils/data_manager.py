@@ -1,0 +1,264 @@
+"""A data set as a sequence of tasks: class-incremental or, when the data set has domains, domain-incremental.
+
+Labels are remapped once: new label = position of the original class in the class order, so that task t owns the
+range [known_classes, total_classes).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch.utils.data import Dataset
+
+from data import sources
+from data.sources import ImageData, Split
+from data.transforms import Transform, as_tensor
+from utils.config import RunConfig
+from utils.errors import ConfigError, DataError
+from utils.seed import mix
+
+Mode = Literal["train", "test"]
+
+
+def class_order(num_classes: int, seed: int, shuffle: bool) -> np.ndarray:
+    """(C,): order[j] is the original class that becomes new label j (the field's legacy numpy generator)."""
+    return np.random.RandomState(seed).permutation(num_classes) if shuffle else np.arange(num_classes)
+
+
+def label_map(order: np.ndarray) -> np.ndarray:
+    """(C,): new label of each original class, the inverse of the order."""
+    return np.argsort(order)
+
+
+def split_classes(num_classes: int, init_cls: int, increment: int) -> list[int]:
+    """Task sizes: init_cls, then increment while classes remain after it, the rest in the last task."""
+    sizes = [init_cls]
+    while sum(sizes) + increment < num_classes:
+        sizes.append(increment)
+    if (rest := num_classes - sum(sizes)) > 0:
+        sizes.append(rest)
+    return sizes
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Which images to fetch. seed, mixed with an image's row, seeds that image's augmentation draws."""
+
+    rows: np.ndarray
+    seed: int = 0
+
+
+class View(Dataset):
+    """Images of one task under one transform. Fetching takes a `Batch` and gives
+    (images uint8 (B, 3, s, s), labels int64 (B,))."""
+
+    def __init__(self, split: Split, rows: np.ndarray, labels: np.ndarray, transform: Transform):
+        self._split, self._rows, self._transform = split, rows, transform
+        self.labels = labels  # (N,) new labels
+        arrays = split.images if isinstance(split.images, np.ndarray) else None
+        # The images themselves, when fetching is nothing but copying.
+        self._plain = arrays if arrays is not None and transform.is_identity_on(arrays) else None
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        images, labels = self.__getitems__(Batch(np.array([index])))
+        return images[0], labels[0]
+
+    def __getitems__(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        rows, labels = self._rows[batch.rows], torch.from_numpy(self.labels[batch.rows])
+        if self._plain is not None:
+            return as_tensor(self._plain, rows), labels
+        if not self._transform.random:
+            return torch.stack([self._transform(self._read(row)) for row in rows]), labels
+        # The transforms draw from torch's global generator: lend it to them, seeded image by image.
+        before = torch.get_rng_state()
+        images = []
+        for row in rows:
+            torch.default_generator.manual_seed(mix(batch.seed, int(row)))
+            images.append(self._transform(self._read(row)))
+        torch.set_rng_state(before)
+        return torch.stack(images), labels
+
+    def _read(self, row: int) -> np.ndarray | Image.Image:
+        image = self._split.images[row]
+        return read_image(image) if isinstance(image, Path) else image
+
+    @property
+    def cheap(self) -> bool:
+        """Whether a batch is a copy from memory, so that loader processes would only slow it down."""
+        return self._plain is not None
+
+
+def read_image(path: Path) -> Image.Image:
+    """Decode to RGB, upright.
+
+    Raises DataError with the path when the file is not a readable image.
+    """
+    try:
+        with Image.open(path) as image:
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except Exception as error:  # noqa: BLE001 - decoders raise many types for damaged files
+        raise DataError(f"image '{path}' cannot be read ({error}). Replace or remove it") from None
+
+
+@dataclass(frozen=True)
+class TaskData:
+    """One half (train or test) of a task; every image can be read under either transform."""
+
+    split: Split
+    rows: np.ndarray
+    labels: np.ndarray
+    transforms: dict[Mode, Transform]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def first(self, count: int) -> "TaskData":
+        """The first `count` images alone."""
+        return TaskData(self.split, self.rows[:count], self.labels[:count], self.transforms)
+
+    def view(self, mode: Mode) -> View:
+        return View(self.split, self.rows, self.labels, self.transforms[mode])
+
+
+@dataclass(frozen=True)
+class Task:
+    """One step of the stream.
+
+    index: 0-based. known_classes: classes seen before this task; total_classes: with it.
+    classes: the labels that occur in this task: the new ones, or, in a domain-incremental stream, all of them.
+    domain: its name in a domain-incremental stream, else None.
+    train_so_far: training images of this and all earlier tasks, for upper bounds only.
+    """
+
+    index: int
+    num_tasks: int
+    known_classes: int
+    total_classes: int
+    classes: range
+    domain: str | None
+    train: TaskData
+    test: TaskData
+    train_so_far: TaskData
+
+
+class DataManager(Sequence[Task]):
+    """The tasks of a config, in order.
+
+    Raises ConfigError when protocol and data do not fit, DataError when the data are missing or damaged.
+    """
+
+    def __init__(self, config: RunConfig, image_size: int):
+        self.data: ImageData = sources.load(config.dataset, config.data_root)
+        self.domain_incremental = bool(self.data.domain_names)
+        faults = list(_protocol_faults(config, self.data))
+        if faults:
+            raise ConfigError(f"dataset {config.dataset}", faults)
+        classes = self.data.num_classes
+        shuffle = config.shuffle and not self.domain_incremental
+        self.class_order = class_order(classes, config.order_seed, shuffle)
+        self.task_sizes = [classes] if self.domain_incremental else _sizes(config, classes)
+        self.image_size = image_size
+        self._transforms: dict[Mode, Transform] = {
+            "train": Transform(config.train_transform, image_size),
+            "test": Transform(config.test_transform, image_size),
+        }
+        to_new = label_map(self.class_order)
+        self._splits: dict[Mode, Split] = {"train": self.data.train, "test": self.data.test}
+        self._labels = {half: to_new[split.labels] for half, split in self._splits.items()}
+
+    def __len__(self) -> int:
+        return len(self.data.domain_names) or len(self.task_sizes)
+
+    def __getitem__(self, index):  # type: ignore[override]
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if not 0 <= index < len(self):
+            raise IndexError(f"task {index} of {len(self)}")
+        known, total = self._bounds(index)
+        return Task(
+            index=index,
+            num_tasks=len(self),
+            known_classes=known if not self.domain_incremental or index == 0 else total,
+            total_classes=total,
+            classes=range(known, total),
+            domain=self.data.domain_names[index] if self.domain_incremental else None,
+            train=self._task_data("train", index, index),
+            test=self._task_data("test", index, index),
+            train_so_far=self._task_data("train", 0, index),
+        )
+
+    def _bounds(self, index: int) -> tuple[int, int]:
+        if self.domain_incremental:
+            return 0, self.data.num_classes
+        ends = np.cumsum(self.task_sizes)
+        return int(ends[index] - self.task_sizes[index]), int(ends[index])
+
+    def _task_data(self, half: Mode, first: int, last: int) -> TaskData:
+        """The images of tasks first..last of one half, in file order."""
+        split, labels = self._splits[half], self._labels[half]
+        if self.domain_incremental:
+            assert split.domains is not None
+            chosen = (split.domains >= first) & (split.domains <= last)
+        else:
+            chosen = (labels >= self._bounds(first)[0]) & (labels < self._bounds(last)[1])
+        rows = np.flatnonzero(chosen)
+        return TaskData(split, rows, labels[rows], self._transforms)
+
+
+def training_batches(
+    count: int, batch_size: int, seed: int, epoch: int, rank: int = 0, world: int = 1, start: int = 0
+) -> list[Batch]:
+    """This process's share of each batch of an epoch, from batch `start` on.
+
+    The order depends on (seed, epoch) alone. Each global batch is cut into `world` parts, so that any number of
+    processes sees the same batches; a part that would be empty repeats the batch's first image, with weight 0
+    (see `loss_weight`).
+    """
+    order = np.random.RandomState(mix(seed, epoch) % (1 << 32)).permutation(count)
+    batches = []
+    for first in range(start * batch_size, count, batch_size):
+        rows = order[first : first + batch_size]
+        part = np.array_split(rows, world)[rank]
+        batches.append(Batch(part if len(part) else rows[:1], mix(seed, epoch)))
+    return batches
+
+
+def loss_weight(count: int, batch_size: int, step: int, rank: int, world: int) -> float:
+    """Factor that makes the mean over processes of local mean losses the mean over the global batch."""
+    size = min(batch_size, count - step * batch_size)
+    local = len(np.array_split(np.empty(size), world)[rank])
+    return local * world / size
+
+
+def _sizes(config: RunConfig, classes: int) -> list[int]:
+    if config.task_sizes is not None:
+        return list(config.task_sizes)
+    assert config.increment is not None
+    return split_classes(classes, config.init_cls or config.increment, config.increment)
+
+
+def _protocol_faults(config: RunConfig, data: ImageData):
+    """Sentences for protocol keys that do not fit the data set."""
+    classes, name = data.num_classes, data.name
+    if data.domain_names:
+        for key in ("init_cls", "increment", "task_sizes"):
+            if getattr(config, key) is not None:
+                yield f'"{key}" has no meaning for {name}: its tasks are {len(data.domain_names)} domains; drop the key'
+        if config.shuffle:
+            yield f'"shuffle" must be false for {name}: the classes of a domain-incremental stream have no order'
+        return
+    if config.task_sizes is not None:
+        if sum(config.task_sizes) != classes:
+            yield f'"task_sizes" adds up to {sum(config.task_sizes)}, but {name} has {classes} classes'
+    elif config.increment is None:
+        yield f'missing key "increment": classes of each task; {name} has {classes} (or give "task_sizes")'
+    elif (config.init_cls or config.increment) > classes:
+        key = "init_cls" if config.init_cls else "increment"
+        yield f'"{key}" is {getattr(config, key)}, but {name} has only {classes} classes'

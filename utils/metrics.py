@@ -1,0 +1,73 @@
+"""Accuracy matrix -> the numbers of a paper.
+
+correct (T, T): correct[t, i] = images of task i's test set that are right after task t; count (T,) = images of each.
+acc[t, i] = 100 * correct[t, i] / count[i] in percent, NaN above the diagonal. Nothing is rounded.
+"""
+
+from typing import Any
+
+import numpy as np
+
+
+def accuracy_matrix(correct: np.ndarray, count: np.ndarray) -> np.ndarray:
+    """correct (T, T), NaN above the diagonal; count (T,) -> acc (T, T) in percent."""
+    return 100.0 * correct / count
+
+
+def pooled_curve(correct: np.ndarray, count: np.ndarray) -> np.ndarray:
+    """(T,): accuracy after each task over the test images of all tasks seen (the usual class-incremental curve)."""
+    steps = range(len(count))
+    return np.array([100.0 * correct[t, : t + 1].sum() / count[: t + 1].sum() for t in steps])
+
+
+def task_mean_curve(acc: np.ndarray) -> np.ndarray:
+    """(T,): mean over tasks of the task accuracies (RanPAC's convention); equals the pooled curve
+    only when all tasks have equally many test images."""
+    return np.array([acc[t, : t + 1].mean() for t in range(len(acc))])
+
+
+def forgetting(acc: np.ndarray, include_last: bool = False) -> float | None:
+    """mean over i < T-1 of  max_t acc[t, i] - acc[T-1, i],  t <= T-2;  None for one task.
+
+    The maximum runs over the rows before the last, so the value may be negative (a task that got better).
+    include_last lets it run over the last row too, which clips every term at 0 (PILOT, mammoth).
+    """
+    if len(acc) < 2:
+        return None
+    rows = acc if include_last else acc[:-1]
+    return float(np.mean(np.nanmax(rows[:, :-1], axis=0) - acc[-1, :-1]))
+
+
+def backward_transfer(acc: np.ndarray) -> float | None:
+    """mean over i < T-1 of  acc[T-1, i] - acc[i, i];  None for one task."""
+    if len(acc) < 2:
+        return None
+    return float(np.mean(acc[-1, :-1] - np.diag(acc)[:-1]))
+
+
+def summarise(correct: np.ndarray, correct_task_il: np.ndarray, count: np.ndarray) -> dict[str, Any]:
+    """All metrics of a run, under the names that `result.json` uses."""
+    acc, acc_task_il = accuracy_matrix(correct, count), accuracy_matrix(correct_task_il, count)
+    curve, curve_task_il = pooled_curve(correct, count), pooled_curve(correct_task_il, count)
+    task_mean = task_mean_curve(acc)
+    return {
+        "last_acc": float(curve[-1]),
+        "avg_acc": float(curve.mean()),
+        "last_acc_task_il": float(curve_task_il[-1]),
+        "avg_acc_task_il": float(curve_task_il.mean()),
+        "last_acc_task_mean": float(task_mean[-1]),
+        "avg_acc_task_mean": float(task_mean.mean()),
+        "forgetting": forgetting(acc),
+        "forgetting_clipped": forgetting(acc, include_last=True),
+        "bwt": backward_transfer(acc),
+        "curve": curve.tolist(),
+        "curve_task_il": curve_task_il.tolist(),
+        "curve_task_mean": task_mean.tolist(),
+        "acc": lower_triangle(acc),
+        "acc_task_il": lower_triangle(acc_task_il),
+    }
+
+
+def lower_triangle(matrix: np.ndarray) -> list[list[float | None]]:
+    """(T, T) -> nested lists with null above the diagonal."""
+    return [[float(v) if i <= t else None for i, v in enumerate(row)] for t, row in enumerate(matrix)]

@@ -1,0 +1,44 @@
+"""Tables from name to object that fill themselves: a new learner or data set edits no central list."""
+
+from collections.abc import Callable, Iterator
+from typing import Generic, TypeVar
+
+from utils.errors import UserError, did_you_mean
+
+T = TypeVar("T")
+
+
+class Registry(Generic[T]):
+    """name -> object, with a near-name answer for an unknown name.
+
+    kind: what the table holds, as the error sentence names it ("learner", "data set").
+    """
+
+    def __init__(self, kind: str):
+        self.kind = kind
+        self._table: dict[str, T] = {}
+
+    def register(self, name: str) -> Callable[[T], T]:
+        def add(entry: T) -> T:
+            if name in self._table:
+                raise ValueError(f'{self.kind} "{name}" is registered twice')
+            self._table[name] = entry
+            return entry
+
+        return add
+
+    def __getitem__(self, name: str) -> T:
+        if name not in self._table:
+            raise UserError(self.unknown(name))
+        return self._table[name]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._table
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(sorted(self._table))
+
+    def unknown(self, name: str) -> str:
+        """The sentence that answers an unknown name."""
+        near = did_you_mean(name, self._table)
+        return f'unknown {self.kind} "{name}"{near or "."} Known: {", ".join(self)}'

@@ -1,0 +1,111 @@
+"""The result folder: config.json, result.json, epochs.jsonl, train.log; summary.{json,md} above the seeds.
+
+Files hold full precision; rounding happens when printing.
+"""
+
+import json
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from utils.errors import UserError
+
+METRICS = ("last_acc", "avg_acc", "last_acc_task_il", "avg_acc_task_il", "forgetting", "bwt")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a file in one step, so that a kill leaves the old one or the new one."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def write_json(path: Path, values: Any) -> None:
+    write_text(path, json.dumps(values, indent=1, allow_nan=False) + "\n")
+
+
+def read_result(folder: Path) -> dict[str, Any] | None:
+    """result.json of a seed's folder, or None when there is none."""
+    path = folder / "result.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def make_folder(folder: Path) -> None:
+    """Create a folder, or say why it cannot be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".write-test"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(
+            f"cannot write to '{folder}' ({error.strerror}). Choose another folder with --output DIR"
+        ) from None
+
+
+class EpochLog:
+    """epochs.jsonl: one object per line. Lines written after the checkpoint that a run resumes from are dropped."""
+
+    def __init__(self, path: Path, keep: int):
+        self.path, self.lines = path, keep
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
+        if len(lines) > keep:
+            write_text(path, "".join(lines[:keep]))
+
+    def append(self, values: Mapping[str, Any]) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(values) + "\n")
+        self.lines += 1
+
+
+class run_log:  # noqa: N801 - used as a context manager, like contextlib.suppress
+    """Send the log to train.log of one seed's folder while the block runs; only the main process writes."""
+
+    def __init__(self, folder: Path, is_main: bool):
+        path = folder / "train.log"
+        self._handler = logging.FileHandler(path, encoding="utf-8") if is_main else logging.NullHandler()
+        self._handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%Y-%m-%d %H:%M:%S"))
+
+    def __enter__(self) -> None:
+        logging.getLogger().addHandler(self._handler)
+
+    def __exit__(self, *_: object) -> None:
+        logging.getLogger().removeHandler(self._handler)
+        self._handler.close()
+
+
+def summarise_seeds(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """{metric: {"mean", "std", "n", "values"}}: sample standard deviation, null for one seed."""
+    summary: dict[str, Any] = {"seeds": [result["config"]["seed"] for result in results]}
+    for metric in METRICS:
+        values = [result[metric] for result in results if result[metric] is not None]
+        if values:
+            std = float(np.std(values, ddof=1)) if len(values) > 1 else None
+            summary[metric] = {"mean": float(np.mean(values)), "std": std, "n": len(values), "values": values}
+    return summary
+
+
+def summary_table(summary: Mapping[str, Any]) -> str:
+    """The summary as a Markdown table."""
+    rows = ["| metric | mean | std | n |", "|---|---|---|---|"]
+    for metric in METRICS:
+        if metric in summary:
+            entry = summary[metric]
+            std = "" if entry["std"] is None else f"{entry['std']:.2f}"
+            rows.append(f"| {metric} | {entry['mean']:.2f} | {std} | {entry['n']} |")
+    return "\n".join(rows) + "\n"
+
+
+def curve_text(result: Mapping[str, Any]) -> str:
+    """The accuracy after each task as bars, for the end of a run."""
+    lines = ["accuracy over the classes seen so far, after each task (percent)"]
+    for task, accuracy in enumerate(result["curve"], 1):
+        lines.append(f"  task {task:>2}  {accuracy:6.2f}  {'#' * round(accuracy / 2)}")
+    lines.append(f"  last {result['last_acc']:.2f}   average {result['avg_acc']:.2f}")
+    if result["forgetting"] is not None:
+        lines[-1] += f"   forgetting {result['forgetting']:.2f}   with the task known {result['last_acc_task_il']:.2f}"
+    return "\n".join(lines)

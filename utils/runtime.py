@@ -1,0 +1,157 @@
+"""Where and how a run computes: device, precision, processes, stopwatch. Learners ask for it, none owns a device."""
+
+import os
+import resource
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from utils.errors import UserError
+
+
+class Stopwatch:
+    """Seconds by name: {"train", "statistics", "eval", ...}. Nested names count in both."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.add(name, time.perf_counter() - started)
+
+    def add(self, name: str, seconds: float) -> None:
+        self.seconds[name] = self.seconds.get(name, 0.0) + seconds
+
+
+class Runtime:
+    """device: "auto", "cpu", "cuda", "cuda:1"; precision: "auto" (bf16 on CUDA, fp32 on CPU), "fp32", "bf16".
+
+    Under torchrun it joins the process group (NCCL on CUDA, gloo on CPU) and takes this process's device.
+    Raises UserError when the device is not there.
+    """
+
+    def __init__(
+        self,
+        device: str = "auto",
+        precision: str = "auto",
+        num_workers: int | None = None,
+        compile: bool = False,
+    ):
+        self.rank, self.world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+        self.device = _find_device(device)
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+        if self.world > 1 and not dist.is_initialized():
+            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+        bf16 = precision == "bf16" or (precision == "auto" and self.device.type == "cuda")
+        self.autocast_dtype = torch.bfloat16 if bf16 else None
+        self._num_workers, self._compile = num_workers, compile
+        self.stopwatch = Stopwatch()
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes files and talks."""
+        return self.rank == 0
+
+    def workers(self, cheap: bool) -> int:
+        """Loader processes; cheap: batches are copies from memory, which no process speeds up."""
+        if self._num_workers is not None:
+            return self._num_workers
+        return 0 if cheap else min(8, os.cpu_count() or 1)
+
+    @contextmanager
+    def autocast(self) -> Iterator[None]:
+        """Mixed precision when it was asked for; nothing otherwise."""
+        if self.autocast_dtype is None:
+            yield
+        else:
+            with torch.autocast(self.device.type, dtype=self.autocast_dtype):
+                yield
+
+    def to_device(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """uint8 (B, 3, H, W) -> float in [0, 1] on the device; targets (B,) on the device. Does not synchronise."""
+        images = images.to(self.device, non_blocking=True)
+        return images.float().div_(255), targets.to(self.device, non_blocking=True)
+
+    def wrap(self, network: nn.Module) -> nn.Module:
+        """The network as training calls it: compiled when asked for, under DDP when there are several processes.
+
+        Wrapped anew for each task, since networks grow and freeze.
+        """
+        if self.world > 1 and any(p.requires_grad for p in network.parameters()):
+            ids = [self.device] if self.device.type == "cuda" else None
+            network = nn.parallel.DistributedDataParallel(network, device_ids=ids, find_unused_parameters=True)
+        return torch.compile(network) if self._compile else network  # type: ignore[return-value]
+
+    def reduce_sum(self, values: Tensor) -> Tensor:
+        """Sum over all processes, in place."""
+        if self.world > 1:
+            dist.all_reduce(values)
+        return values
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set in any process. Synchronises the processes."""
+        if self.world == 1:
+            return flag
+        return bool(self.reduce_sum(torch.tensor(float(flag), device=self.device)).item())
+
+    def gather(self, value: Any) -> list[Any]:
+        """Each process's value, in the order of ranks."""
+        if self.world == 1:
+            return [value]
+        values: list[Any] = [None] * self.world
+        dist.all_gather_object(values, value)
+        return values
+
+    def barrier(self) -> None:
+        if self.world > 1:
+            dist.barrier()
+
+    def peak_memory_mib(self) -> float:
+        """Of the device on CUDA, of the process on CPU."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device) / 2**20
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+    def describe(self) -> dict[str, Any]:
+        """What a result file says of the machine."""
+        import platform
+
+        import timm
+        import torchvision
+
+        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else platform.processor()
+        return {
+            "device": str(self.device),
+            "device_name": name or platform.machine(),
+            "precision": "bf16" if self.autocast_dtype else "fp32",
+            "processes": self.world,
+            "threads": torch.get_num_threads(),
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "torchvision": torchvision.__version__,
+            "timm": timm.__version__,
+        }
+
+
+def _find_device(name: str) -> torch.device:
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name == "auto":
+        name = "cuda" if count else "cpu"
+    if name == "cpu":
+        return torch.device("cpu")
+    if not count:
+        raise UserError(f'device "{name}" was asked for, but torch sees no CUDA device. Use --device cpu or auto')
+    index = int(name.partition(":")[2] or os.environ.get("LOCAL_RANK", "0"))
+    if index >= count:
+        raise UserError(f'device "cuda:{index}" was asked for, but there are {count} CUDA devices (0..{count - 1})')
+    return torch.device("cuda", index)

@@ -1,0 +1,52 @@
+"""Randomness from outside: one function seeds everything, per-sample seeds make augmentation reproducible.
+
+Augmentation draws are seeded by (seed, task, epoch, position in the data set), not by a stream that runs along.
+So they do not depend on the number of workers or processes, nor on where a run was interrupted.
+"""
+
+import random
+from typing import Any
+
+import numpy as np
+import torch
+
+_MASK = (1 << 64) - 1
+
+
+def seed_everything(seed: int) -> None:
+    """Seed python, numpy and torch (all devices)."""
+    random.seed(seed)
+    np.random.seed(seed % (1 << 32))
+    torch.manual_seed(seed)
+
+
+def mix(*numbers: int) -> int:
+    """A 63-bit seed from any whole numbers; another order gives another seed (splitmix64 steps)."""
+    state = 0x9E3779B97F4A7C15
+    for number in numbers:
+        state = (state ^ (number & _MASK)) * 0xBF58476D1CE4E5B9 & _MASK
+        state = (state ^ state >> 27) * 0x94D049BB133111EB & _MASK
+        state ^= state >> 31
+    return state >> 1
+
+
+def rng_state() -> dict[str, Any]:
+    """State of every global generator, in types that `torch.load(weights_only=True)` accepts."""
+    kind, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
+    return {
+        "python": random.getstate(),
+        "numpy": (kind, torch.from_numpy(np.asarray(keys, dtype=np.int64)), position, has_gauss, gauss),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def set_rng_state(state: dict[str, Any]) -> None:
+    """Restore what `rng_state` returned. CUDA states are restored when this machine has as many devices."""
+    version, keys, gauss = state["python"]
+    random.setstate((version, tuple(keys), gauss))
+    kind, np_keys, position, has_gauss, np_gauss = state["numpy"]
+    np.random.set_state((kind, np_keys.numpy().astype(np.uint32), position, has_gauss, np_gauss))
+    torch.set_rng_state(state["torch"])
+    if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda"])
