@@ -1,0 +1,79 @@
+"""What tests share: reference numbers, a tiny stream, a tiny learner."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from utils.data_manager import DataManager
+from utils.factory import build_learner, config_from
+from utils.runtime import Runtime
+
+FIXTURES = Path(os.environ.get("PALIMPSEST_FIXTURES") or Path(__file__).parent / "fixtures")
+TINY_VIT = {"name": "vit", "img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2}
+
+
+def reference(name: str) -> dict[str, np.ndarray]:
+    """The arrays of "method/file": numbers of a reference implementation."""
+    with np.load(FIXTURES / f"{name}.npz", allow_pickle=False) as archive:
+        return {key: archive[key] for key in archive.files}
+
+
+def write_stream(
+    path: Path, classes: int = 6, train: int = 7, test: int = 4, size: int = 16, domains: int = 0, seed: int = 0
+) -> str:
+    """An npz of noisy flat colours, one colour a class, `train` and `test` images of each (and of each domain);
+    returns the data set's name."""
+    rng = np.random.RandomState(seed)
+    colours = rng.randint(40, 216, size=(classes, 3))
+    arrays: dict[str, Any] = {}
+    for half, count in (("train", train), ("test", test)):
+        labels = np.tile(np.repeat(np.arange(classes), count), max(1, domains))
+        noise = rng.randint(-30, 31, size=(len(labels), size, size, 3))
+        arrays[f"x_{half}"] = np.clip(colours[labels][:, None, None] + noise, 0, 255).astype(np.uint8)
+        arrays[f"y_{half}"] = labels
+        if domains:
+            arrays[f"d_{half}"] = np.repeat(np.arange(domains), classes * count)
+    np.savez(path, **arrays)
+    return f"npz:{path}"
+
+
+def tiny_values(tmp_path: Path, model_name: str = "finetune", **keys: Any) -> dict[str, Any]:
+    """Raw config of a learner on the tiny stream and a tiny random ViT."""
+    values = {
+        "model_name": model_name,
+        "backbone": TINY_VIT,
+        "weights": "random",
+        "increment": 2,
+        "epochs": 2,
+        "batch_size": 4,
+        "lrate": 0.05,
+        "num_workers": 0,
+        "device": "cpu",
+    }
+    if "dataset" not in keys:
+        keys["dataset"] = write_stream(tmp_path / "stream.npz")
+    if "task_sizes" in keys or not keys.get("increment", 2):
+        values.pop("increment")
+    return values | {key: value for key, value in keys.items() if value is not None}
+
+
+def build_tiny(tmp_path: Path, model_name: str = "finetune", **keys: Any):
+    """(DataManager, Learner) of `tiny_values`, seeded."""
+    config = config_from(tiny_values(tmp_path, model_name, **keys), source="test")
+    runtime = Runtime("cpu", "fp32", num_workers=0)
+    manager = DataManager(config, image_size=16)
+    torch.manual_seed(0)
+    return manager, build_learner(config, runtime)
+
+
+@pytest.fixture(autouse=True)
+def two_threads():
+    """The same number everywhere: sums of floats depend on it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
