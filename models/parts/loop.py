@@ -236,5 +236,6 @@ def _as_is(batch: _Fetched) -> _Fetched:
 
 
 def _leave_signals_to_the_parent(_: int) -> None:
+    """A terminal and most clusters signal the whole process group: the parent stops the run, and ends this process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
