@@ -25,14 +25,16 @@ def parser() -> argparse.ArgumentParser:
     parse.add_argument("--check", action="store_true", help="load everything, print the plan, run nothing")
     parse.add_argument("--keys", metavar="LEARNER", help="print the config keys of a learner")
     parse.add_argument("--list", action="store_true", help="print learners, data sets, transforms, experiments")
-    parse.add_argument("--write-schemas", type=Path, metavar="DIR", help="write a JSON schema per learner, for editors")
+    parse.add_argument(
+        "--index", type=Path, metavar="DIR", help="write DIR/README.md and DIR/schema/ of the experiments in DIR"
+    )
     return parse
 
 
 def main(arguments: list[str] | None = None) -> int:
     parse = parser()
     options = parse.parse_args(arguments)
-    if not (options.config or options.keys or options.list or options.write_schemas):
+    if not (options.config or options.keys or options.list or options.index):
         parse.error("nothing to do: give --config FILE (or --list, --keys LEARNER)")
     # After the arguments: torch takes seconds to import, and --help should not.
     from utils.errors import Interrupted, TrainingError, UserError
@@ -58,8 +60,8 @@ def act(options: argparse.Namespace) -> int:
         print(listing.everything())
     if options.keys:
         print(listing.keys(options.keys))
-    if options.write_schemas:
-        listing.write_schemas(options.write_schemas)
+    if options.index:
+        listing.write_index(options.index)
     flags = {"seed": options.seed, "device": options.device, "data_root": options.data_root}
     flags = {key: value for key, value in flags.items() if value is not None}
     # All configs are checked before the first one runs.
