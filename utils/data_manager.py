@@ -4,6 +4,7 @@ Labels are remapped once: new label = position of the original class in the clas
 range [known_classes, total_classes).
 """
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,15 +12,20 @@ from typing import Literal
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch.utils.data import Dataset
 
 from data import sources
-from data.sources import ImageData, Split
+from data.images import read_image
+from data.layouts import Options
+from data.records import ImageData, Split
+from data.splits import cache_root
 from data.transforms import Transform, as_tensor
 from utils.config import RunConfig
-from utils.errors import ConfigError, DataError
+from utils.errors import ConfigError
 from utils.seed import mix
+
+log = logging.getLogger(__name__)
 
 Mode = Literal["train", "test"]
 
@@ -95,18 +101,6 @@ class View(Dataset):
         return self._plain is not None
 
 
-def read_image(path: Path) -> Image.Image:
-    """Decode to RGB, upright.
-
-    Raises DataError with the path when the file is not a readable image.
-    """
-    try:
-        with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except Exception as error:  # noqa: BLE001 - decoders raise many types for damaged files
-        raise DataError(f"image '{path}' cannot be read ({error}). Replace or remove it") from None
-
-
 @dataclass(frozen=True)
 class TaskData:
     """One half (train or test) of a task; every image can be read under either transform."""
@@ -155,11 +149,14 @@ class DataManager(Sequence[Task]):
     """
 
     def __init__(self, config: RunConfig, image_size: int):
-        self.data: ImageData = sources.load(config.dataset, config.data_root)
+        options = Options(config.split, config.strict_data, cache=cache_root(config.cache_root))
+        self.data: ImageData = sources.load(config.dataset, config.data_root, options)
         self.domain_incremental = bool(self.data.domain_names)
         faults = list(_protocol_faults(config, self.data))
         if faults:
             raise ConfigError(f"dataset {config.dataset}", faults)
+        if config.shuffle and self.data.natural_order:
+            log.warning('%s: published protocol uses natural order, "shuffle" is true', config.dataset)
         classes = self.data.num_classes
         shuffle = config.shuffle and not self.domain_incremental
         self.class_order = class_order(classes, config.order_seed, shuffle)
@@ -203,7 +200,9 @@ class DataManager(Sequence[Task]):
     def _task_data(self, half: Mode, first: int, last: int) -> TaskData:
         """The images of tasks first..last of one half, in file order."""
         split, labels = self._splits[half], self._labels[half]
-        if self.domain_incremental:
+        if self.domain_incremental and split.domains is None:  # one test set that all tasks share
+            chosen = np.ones(len(split), dtype=bool)
+        elif self.domain_incremental:
             assert split.domains is not None
             chosen = (split.domains >= first) & (split.domains <= last)
         else:
