@@ -35,7 +35,8 @@ RENAMED = {
 # Keys that change where and how fast a run goes, not what it computes: a resumed run may change them.
 MACHINE_KEYS = frozenset(
     {
-        "device", "num_workers", "data_root", "cache", "cache_root", "strict_data", "checkpoint_minutes", "about", "seed",
+        "device", "num_workers", "data_root", "cache", "cache_root", "strict_data", "checkpoint_minutes", "about",
+        "seed",
     }
 )  # fmt: skip
 
@@ -69,7 +70,7 @@ class RunConfig(BaseModel):
     split: str = Field(
         "folder",
         pattern=r"^(folder|seeded(:\d+)?|list:.+)$",
-        description='"folder": as the archive is split; "seeded" or "seeded:N": 80/20 per class, drawn once and stored; '
+        description='"folder": as the archive is split; "seeded" or "seeded:N": 80/20 per class, drawn once; '
         '"list:FILE": JSON {"train", "test"} or a pair of text or YAML lists (imagenet100: a list of classes)',
     )
     strict_data: bool = Field(False, description="doubts about counts and checksums of the data are errors")
