@@ -52,14 +52,13 @@ def visible_folders(place: Path) -> list[Path]:
 def images_below(folder: Path) -> tuple[list[Path], list[str]]:
     """(images, names of files and hidden folders that are ignored) below a folder, sorted, links followed.
 
-    A link that leads back to a folder above it ends there.
+    A link that leads back to a folder above it, be it outside `folder`, is not followed.
     """
     images: list[Path] = []
     ignored: list[str] = []
 
     def descend(place: Path, above: frozenset[tuple[int, int]]) -> None:
-        info = place.stat()
-        identity = (info.st_dev, info.st_ino)
+        identity = _identity(place)
         if identity in above:
             return
         with os.scandir(place) as entries:
@@ -73,8 +72,13 @@ def images_below(folder: Path) -> tuple[list[Path], list[str]]:
             if is_folder and not name.startswith("."):
                 descend(place / name, above | {identity})
 
-    descend(folder, frozenset())
+    descend(folder, frozenset(_identity(parent) for parent in folder.absolute().parents))
     return images, ignored
+
+
+def _identity(folder: Path) -> tuple[int, int]:
+    info = folder.stat()
+    return info.st_dev, info.st_ino
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:

@@ -64,10 +64,9 @@ def _draw(pool: Pool, seed: int) -> dict[str, list[str]]:
     names = list(pool)
     counts = np.array([len(pool[name]) for name in names])
     exact = TEST_SHARE * counts
-    shares = np.floor(exact).astype(int)
-    left = round(float(exact.sum())) - int(shares.sum())
+    shares = np.minimum(np.maximum(np.floor(exact).astype(int), 1), np.maximum(counts - 1, 0))
+    left = max(0, round(float(exact.sum())) - int(shares.sum()))
     shares[np.argsort(shares - exact, kind="stable")[:left]] += 1
-    shares = np.minimum(np.maximum(shares, 1), np.maximum(counts - 1, 0))
     halves: dict[str, list[str]] = {"train": [], "test": []}
     for label, name in enumerate(names):
         entries = [entry for entry, _ in _named(name, pool[name])]

@@ -16,6 +16,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from data import sources
+from data.image_cache import cached
 from data.images import read_image
 from data.layouts import Options
 from data.records import ImageData, Split
@@ -149,7 +150,8 @@ class DataManager(Sequence[Task]):
     """
 
     def __init__(self, config: RunConfig, image_size: int):
-        options = Options(config.split, config.strict_data, cache=cache_root(config.cache_root))
+        folder = cache_root(config.cache_root)
+        options = Options(config.split, config.strict_data, cache=folder)
         self.data: ImageData = sources.load(config.dataset, config.data_root, options)
         self.domain_incremental = bool(self.data.domain_names)
         faults = list(_protocol_faults(config, self.data))
@@ -157,6 +159,7 @@ class DataManager(Sequence[Task]):
             raise ConfigError(f"dataset {config.dataset}", faults)
         if config.shuffle and self.data.natural_order:
             log.warning('%s: published protocol uses natural order, "shuffle" is true', config.dataset)
+        self.data = cached(self.data, config.cache, config.cache_size, folder)
         classes = self.data.num_classes
         shuffle = config.shuffle and not self.domain_incremental
         self.class_order = class_order(classes, config.order_seed, shuffle)

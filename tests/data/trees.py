@@ -196,7 +196,10 @@ LAYOUTS: dict[str, tuple[str, Callable[[Path], None]]] = {
     "vtab": ("vtab", lambda root: split_folders(root / "vtab", class_names("vtab"))),
     "vtab pilot": ("vtab", lambda root: split_folders(root / "vtab-cil" / "vtab", class_names("vtab"))),
     "objectnet": ("objectnet", lambda root: split_folders(root / "objectnet", class_names("objectnet"))),
-    "omnibenchmark": ("omnibenchmark", lambda root: split_folders(root / "omnibenchmark", class_names("omnibenchmark"))),
+    "omnibenchmark": (
+        "omnibenchmark",
+        lambda root: split_folders(root / "omnibenchmark", class_names("omnibenchmark")),
+    ),
     "imagenet100": ("imagenet100", lambda root: split_folders(root / "imagenet100", wnids(100), test="val")),
     "imagenet1000": ("imagenet1000", lambda root: split_folders(root / "imagenet", wnids(1000), test="val")),
     "domainnet": ("domainnet", lambda root: domainnet(root / "domainnet")),
