@@ -5,8 +5,6 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import trees
-from conftest import tiny_values
 
 import data.sources as sources
 from data.checks import Findings, check_classes, check_counts, check_domains
@@ -14,6 +12,8 @@ from data.inspection import inspect
 from data.layouts import Options
 from data.sources import load, read
 from data.table import ROWS
+from tests.conftest import tiny_values
+from tests.data import trees
 from utils.data_manager import DataManager
 from utils.errors import ConfigError, DataError
 from utils.factory import config_from

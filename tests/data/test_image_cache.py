@@ -6,13 +6,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_values
 from PIL import Image
 
 from data import image_cache
 from data.image_cache import cached
 from data.images import read_image
 from data.sources import load
+from tests.conftest import tiny_values
 from utils.data_manager import Batch, DataManager
 from utils.errors import ConfigError, DataError
 from utils.factory import config_from

@@ -6,14 +6,14 @@ import zlib
 
 import numpy as np
 import pytest
-import trees
-from conftest import tiny_values
 from PIL import Image
 
 from data.images import Paths, images_below, read_image
 from data.layouts import Options
 from data.sources import load
 from models.parts.loop import for_each_batch
+from tests.conftest import tiny_values
+from tests.data import trees
 from utils.data_manager import DataManager
 from utils.errors import DataError
 from utils.factory import config_from

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import trees
-from conftest import tiny_values
 
 from data.layouts import Options
 from data.sources import SOURCES, load, read
 from data.table import ROWS
+from tests.conftest import tiny_values
+from tests.data import trees
 from utils.data_manager import Batch, DataManager
 from utils.factory import config_from
 

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import trees
 
 from data.layouts import Options
 from data.sources import load, read
 from data.splits import split_hash
+from tests.data import trees
 from utils.errors import DataError
 
 
