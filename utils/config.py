@@ -85,6 +85,11 @@ class RunConfig(BaseModel):
     )
     image_size: Count | None = Field(None, description="pixels a side; default: the input size of the backbone")
     train_transform: str = Field("none", description="recipe for training images; --list shows all")
+    augment_on: Literal["host", "device"] = Field(
+        "host",
+        description='"device": data sets in one array stay on the device and are cropped there, batch by batch: same '
+        "distribution, other random numbers",
+    )
     test_transform: str = Field("none", description="recipe for test images and statistics")
     normalize: Literal["none", "half", "imagenet", "cifar", "model"] = Field(
         "none",

@@ -6,7 +6,7 @@ range [known_classes, total_classes).
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -16,6 +16,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from data import sources
+from data.batched import BATCHED, Resident, apply
 from data.image_cache import cached
 from data.images import read_image
 from data.layouts import Options
@@ -24,7 +25,7 @@ from data.splits import cache_root
 from data.transforms import Transform, as_tensor
 from utils.config import RunConfig
 from utils.errors import ConfigError
-from utils.seed import mix
+from utils.seed import mix, mix_rows
 
 log = logging.getLogger(__name__)
 
@@ -63,8 +64,10 @@ class View(Dataset):
     """Images of one task under one transform. Fetching takes a `Batch` and gives
     (images uint8 (B, 3, s, s), labels int64 (B,))."""
 
-    def __init__(self, split: Split, rows: np.ndarray, labels: np.ndarray, transform: Transform):
-        self._split, self._rows, self._transform = split, rows, transform
+    def __init__(
+        self, split: Split, rows: np.ndarray, labels: np.ndarray, transform: Transform, resident: Resident | None = None
+    ):
+        self._split, self._rows, self._transform, self._resident = split, rows, transform, resident
         self.labels = labels  # (N,) new labels
         arrays = split.images if isinstance(split.images, np.ndarray) else None
         # The images themselves, when fetching is nothing but copying.
@@ -97,6 +100,26 @@ class View(Dataset):
         return read_image(image) if isinstance(image, Path) else image
 
     @property
+    def image_bytes(self) -> int:
+        """Of one image as a batch holds it."""
+        return 3 * self._transform.size**2
+
+    @property
+    def on_device(self) -> bool:
+        """Whether batches are made on the device, by `fetch_on`."""
+        return self._resident is not None
+
+    def fetch_on(self, batch: Batch, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `__getitems__`, from images that lie on the device."""
+        assert self._resident is not None
+        rows, labels = self._rows[batch.rows], torch.from_numpy(self.labels[batch.rows])
+        images = self._resident.on(device)[torch.from_numpy(rows).to(device, non_blocking=True)]
+        if self._plain is not None:
+            return images.permute(0, 3, 1, 2).contiguous(), labels
+        recipe, size = BATCHED[self._transform.name], self._transform.size
+        return apply(images, recipe, size, mix_rows(batch.seed, rows)), labels
+
+    @property
     def cheap(self) -> bool:
         """Whether a batch is a copy from memory, so that loader processes would only slow it down."""
         return self._plain is not None
@@ -110,16 +133,17 @@ class TaskData:
     rows: np.ndarray
     labels: np.ndarray
     transforms: dict[Mode, Transform]
+    resident: Resident | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def first(self, count: int) -> "TaskData":
         """The first `count` images alone."""
-        return TaskData(self.split, self.rows[:count], self.labels[:count], self.transforms)
+        return replace(self, rows=self.rows[:count], labels=self.labels[:count])
 
     def view(self, mode: Mode) -> View:
-        return View(self.split, self.rows, self.labels, self.transforms[mode])
+        return View(self.split, self.rows, self.labels, self.transforms[mode], self.resident)
 
 
 @dataclass(frozen=True)
@@ -171,6 +195,11 @@ class DataManager(Sequence[Task]):
         }
         to_new = label_map(self.class_order)
         self._splits: dict[Mode, Split] = {"train": self.data.train, "test": self.data.test}
+        self._residents = {
+            half: Resident(split.images)
+            for half, split in self._splits.items()
+            if config.augment_on == "device" and isinstance(split.images, np.ndarray)
+        }
         self._labels = {half: to_new[split.labels] for half, split in self._splits.items()}
 
     def __len__(self) -> int:
@@ -211,7 +240,7 @@ class DataManager(Sequence[Task]):
         else:
             chosen = (labels >= self._bounds(first)[0]) & (labels < self._bounds(last)[1])
         rows = np.flatnonzero(chosen)
-        return TaskData(split, rows, labels[rows], self._transforms)
+        return TaskData(split, rows, labels[rows], self._transforms, self._residents.get(half))
 
 
 def training_batches(
@@ -249,6 +278,12 @@ def _sizes(config: RunConfig, classes: int) -> list[int]:
 def _protocol_faults(config: RunConfig, data: ImageData):
     """Sentences for protocol keys that do not fit the data set."""
     classes, name = data.num_classes, data.name
+    if config.augment_on == "device":
+        if not isinstance(data.train.images, np.ndarray):
+            yield f'"augment_on" must be "host" for {name}: its images are files of many sizes, not one array'
+        for key in ("train_transform", "test_transform"):
+            if getattr(config, key) not in BATCHED:
+                yield f'"{key}": {getattr(config, key)} has no form for "augment_on": "device"; choose "host"'
     if data.domain_names:
         for key in ("init_cls", "increment", "task_sizes"):
             if getattr(config, key) is not None:

@@ -70,6 +70,11 @@ class Runtime:
         local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # processes that share this machine's cores
         return 0 if cheap or os.name == "nt" else max(1, min(8, available_cpus() // local))
 
+    def prefetch(self, batch_bytes: int, workers: int) -> int:
+        """Batches that each loader process keeps ready: 4, fewer where they would fill a sixteenth of the memory."""
+        free = available_memory()
+        return 4 if free is None else max(1, min(4, free // 16 // max(1, batch_bytes * workers)))
+
     @contextmanager
     def autocast(self) -> Iterator[None]:
         """Mixed precision when it was asked for; nothing otherwise."""

@@ -121,7 +121,7 @@ class EpochLoader:
     def __init__(self, view: View, batch_size: int, runtime: Runtime, seed: int):
         self.view, self.batch_size, self.runtime, self.seed = view, batch_size, runtime, seed
         self._batches: list[Batch] = []
-        self._loader = _loader(view, self._batches, runtime)
+        self._loader = _loader(view, self._batches, runtime, batch_size)
 
     def __len__(self) -> int:
         return -(-len(self.view) // self.batch_size)
@@ -170,7 +170,7 @@ def for_each_batch(
     """
     rows = np.arange(len(view))[runtime.rank :: runtime.world]
     batches = [Batch(rows[first : first + batch_size]) for first in range(0, len(rows), batch_size)]
-    for batch in _loader(view, batches, runtime):
+    for batch in _loader(view, batches, runtime, batch_size):
         with runtime.autocast():
             function(*runtime.to_device(*_received(batch)))
 
@@ -214,13 +214,26 @@ def _received(batch: _Fetched) -> tuple[Tensor, Tensor]:
     return batch
 
 
-def _loader(view: View, batches: list[Batch], runtime: Runtime) -> DataLoader:
+class _OnDevice:
+    """The batches of a view whose images lie on the device; the list may be changed between passes."""
+
+    def __init__(self, view: View, batches: list[Batch], device: torch.device):
+        self._view, self._batches, self._device = view, batches, device
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return (self._view.fetch_on(batch, self._device) for batch in self._batches)
+
+
+def _loader(view: View, batches: list[Batch], runtime: Runtime, batch_size: int) -> "DataLoader | _OnDevice":
+    if view.on_device:
+        return _OnDevice(view, batches, runtime.device)
     workers = runtime.workers(view.cheap)
     return DataLoader(
         _Fetch(view),
         batch_sampler=batches,  # type: ignore[arg-type]
         collate_fn=_as_is,  # type: ignore[arg-type]
         num_workers=workers,
+        prefetch_factor=runtime.prefetch(batch_size * view.image_bytes, workers) if workers else None,
         persistent_workers=workers > 0,
         pin_memory=runtime.device.type == "cuda",
         worker_init_fn=_leave_signals_to_the_parent if workers else None,
