@@ -2,8 +2,8 @@
 
 Cropping and resizing are linear in the pixels of each axis: out = Y x X^T with one small matrix per image and axis. The
 matrices hold the antialiased filters of Pillow, and each pass is rounded to whole numbers as Pillow does it, so that an
-image comes out as the host's recipe makes it from the same box, up to rounding (which axis Pillow takes first depends on
-its version and on the box). What differs are the random numbers: a counter per image, not torch's generator.
+image comes out as the host's recipe makes it from the same box, up to rounding (which axis Pillow takes first depends
+on its version and on the box). What differs are the random numbers: a counter per image, not torch's generator.
 
 Letters: B images, H and W their height and width, s the output size.
 """

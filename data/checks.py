@@ -109,12 +109,12 @@ def check_classes(train: np.ndarray, test: np.ndarray, names: Sequence[str], fin
     """D08: classes without enough images. train, test (N,): labels of the halves."""
     for half, labels, least in (("train", train, 2), ("test", test, 1)):
         counts = np.bincount(labels, minlength=len(names))
-        poor = [names[int(label)] for label in np.flatnonzero(counts < least)]
+        poor = [f"{half}/{names[int(label)]}" for label in np.flatnonzero(counts < least)]
         if poor:
             need = "no images" if least == 1 else "fewer than 2 images (a covariance needs 2)"
             findings.error(
                 "D08",
-                f"{len(poor)} {_plural('class', len(poor))} with {need} in {half}: {some(poor)}. "
+                f"{len(poor)} {_plural('class', len(poor))} with {need}: {some(poor)}. "
                 "Unpack the archive again, or remove the folders of these classes from both halves",
             )
 

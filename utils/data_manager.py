@@ -201,6 +201,8 @@ class DataManager(Sequence[Task]):
             if config.augment_on == "device" and isinstance(split.images, np.ndarray)
         }
         self._labels = {half: to_new[split.labels] for half, split in self._splits.items()}
+        shared = self.domain_incremental and self.data.test.domains is None
+        self._shared_test = self._rows_of("test", np.arange(len(self.data.test))) if shared else None
 
     def __len__(self) -> int:
         return len(self.data.domain_names) or len(self.task_sizes)
@@ -219,7 +221,7 @@ class DataManager(Sequence[Task]):
             classes=range(known, total),
             domain=self.data.domain_names[index] if self.domain_incremental else None,
             train=self._task_data("train", index, index),
-            test=self._task_data("test", index, index),
+            test=self._task_data("test", index, index) if self._shared_test is None else self._shared_test,
             train_so_far=self._task_data("train", 0, index),
         )
 
@@ -232,15 +234,16 @@ class DataManager(Sequence[Task]):
     def _task_data(self, half: Mode, first: int, last: int) -> TaskData:
         """The images of tasks first..last of one half, in file order."""
         split, labels = self._splits[half], self._labels[half]
-        if self.domain_incremental and split.domains is None:  # one test set that all tasks share
-            chosen = np.ones(len(split), dtype=bool)
-        elif self.domain_incremental:
+        if self.domain_incremental:
             assert split.domains is not None
             chosen = (split.domains >= first) & (split.domains <= last)
         else:
             chosen = (labels >= self._bounds(first)[0]) & (labels < self._bounds(last)[1])
-        rows = np.flatnonzero(chosen)
-        return TaskData(split, rows, labels[rows], self._transforms, self._residents.get(half))
+        return self._rows_of(half, np.flatnonzero(chosen))
+
+    def _rows_of(self, half: Mode, rows: np.ndarray) -> TaskData:
+        labels, resident = self._labels[half][rows], self._residents.get(half)
+        return TaskData(self._splits[half], rows, labels, self._transforms, resident)
 
 
 def training_batches(
