@@ -36,7 +36,8 @@ def split_hash(halves: Mapping[str, Iterable[str]]) -> str:
 def seeded_split(key: str, pool: Pool, seed: int, store: Path, findings: Findings) -> Chosen:
     """80/20 per class from a private generator: the stored split of these files, or a new one, stored."""
     listing = split_hash({"all": _entries(pool)})
-    path = store / f"{key}-seeded{seed}-{listing[:12]}.json"
+    name = re.sub(r"\W+", "_", key)[-40:]  # the key of a user's own folder is a path
+    path = store / f"{name}-seeded{seed}-{listing[:12]}.json"
     by_entry = {entry: (name, image) for name in pool for entry, image in _named(name, pool[name])}
     stored = _read_stored(path, by_entry)
     if stored is None:
@@ -54,8 +55,8 @@ def seeded_split(key: str, pool: Pool, seed: int, store: Path, findings: Finding
     chosen: Chosen = {half: {name: [] for name in pool} for half in ("train", "test")}
     for half, classes in chosen.items():
         for entry in stored[half]:
-            name, image = by_entry[entry]
-            classes[name].append(image)
+            of_class, image = by_entry[entry]
+            classes[of_class].append(image)
     return chosen
 
 
