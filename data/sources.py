@@ -51,6 +51,11 @@ def load(name: str, data_root: str | None, options: Options | None = None) -> Im
     return replace(data, name=name, digest=_digest(data))
 
 
+def load_folder(root: Path) -> ImageData:
+    """train/<class>/*.jpg and test/<class>/*.jpg; classes in the order of their sorted folder names."""
+    return load(f"folder:{root}", None)
+
+
 def read(name: str, data_root: str | None, options: Options) -> tuple[ImageData | None, Findings]:
     """(data set or None, everything found about it), raising nothing that a finding can say."""
     findings = Findings(name, options.strict)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from data.layouts import Options
-from data.sources import SOURCES, load, read
+from data.sources import SOURCES, load, load_folder, read
 from data.table import ROWS
 from models.parts.loop import evaluate
 from tests.conftest import tiny_values
@@ -183,3 +183,9 @@ def test_imagenet100_chooses_from_the_whole_by_seed_or_by_list(disk, tmp_path):
     listed = load("imagenet100", str(root), Options(split=f"list:{tmp_path / 'imagenet100.txt'}"))
     assert list(listed.class_names) == chosen
     assert listed.variant != data.variant
+
+
+def test_a_source_of_ones_own_reads_a_folder(tmp_path):
+    trees.split_folders(tmp_path / "birds", ["b", "a"])
+    data = load_folder(tmp_path / "birds")
+    assert data.class_names == ("a", "b") and (len(data.train), len(data.test)) == (6, 4)
