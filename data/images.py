@@ -106,7 +106,9 @@ def to_rgb(path: Path) -> tuple[Image.Image, str]:
     """(image in RGB, mode in the file: "RGB", "L", "CMYK", "P", "RGBA", ...). Raises whatever the decoder raises."""
     with Image.open(path) as image:
         mode = image.mode
-        upright = ImageOps.exif_transpose(image)
+        ImageOps.exif_transpose(image, in_place=True)
         if mode in SIXTEEN_BITS:  # Pillow's own conversion cuts every value above 255 to white
-            upright = Image.fromarray((np.asarray(upright, dtype=np.int64) >> 8).clip(0, 255).astype(np.uint8))
-        return upright.convert("RGB"), mode
+            upper = (np.asarray(image, dtype=np.int64) >> 8).clip(0, 255).astype(np.uint8)
+            return Image.fromarray(upper).convert("RGB"), mode
+        image.load()
+        return (image if mode == "RGB" else image.convert("RGB")), mode  # no copy: the pixels outlive the file
