@@ -4,7 +4,8 @@
 
 Against a plain torchvision ImageFolder with a DataLoader of the same workers, batch size and transforms. "none" decodes
 every time, "ram" and "disk" once (their preparation is timed apart), "device" crops whole batches where the network is.
-Each figure is a full pass after a first, partial one that starts the loader processes.
+Each figure is the median of several full passes, in which the pipelines take turns: a drifting machine slows all
+of them. A first, partial pass starts the loader processes.
 """
 
 import argparse
@@ -14,6 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from statistics import median
 
 import numpy as np
 import torch
@@ -32,6 +34,7 @@ from models.parts.loop import EpochLoader
 from utils.data_manager import View
 from utils.runtime import Runtime
 
+Epoch = Callable[[], Iterator]
 CLASSES = 100
 WARM_UP = 3  # batches
 
@@ -44,6 +47,7 @@ def arguments() -> argparse.Namespace:
     parse.add_argument("--recipe", default="crop_flip_scale05", choices=sorted(RECIPES))
     parse.add_argument("--batch", type=int, default=128)
     parse.add_argument("--workers", type=int, help="loader processes; default: as a run chooses them")
+    parse.add_argument("--rounds", type=int, default=3, help="full passes of each pipeline")
     parse.add_argument("--device", default="auto")
     parse.add_argument("--folder", type=Path, help="keep the JPEGs here; default: a temporary folder")
     return parse.parse_args()
@@ -62,8 +66,9 @@ def write_jpegs(root: Path, count: int, size: int) -> None:
             Image.fromarray(small).resize((size, size), Image.Resampling.BICUBIC).save(path, quality=90)
 
 
-def image_folder(root: Path, options: argparse.Namespace, runtime: Runtime, workers: int) -> Callable[[], Iterator]:
+def image_folder(root: Path, options: argparse.Namespace, runtime: Runtime) -> Epoch:
     """The plain form that most repositories use."""
+    workers = runtime.workers(cheap=False)
     steps = [*RECIPES[options.recipe].steps(options.crop), v2.PILToTensor()]
     loader: DataLoader = DataLoader(
         ImageFolder(str(root / "train"), v2.Compose(steps)),
@@ -76,7 +81,7 @@ def image_folder(root: Path, options: argparse.Namespace, runtime: Runtime, work
     return lambda: (runtime.to_device(images, targets) for images, targets in loader)
 
 
-def ours(split: Split, options: argparse.Namespace, runtime: Runtime, resident: Resident | None = None):
+def ours(split: Split, options: argparse.Namespace, runtime: Runtime, resident: Resident | None = None) -> Epoch:
     rows = np.arange(len(split))
     view = View(split, rows, split.labels, Transform(options.recipe, options.crop), resident)
     loader = EpochLoader(view, options.batch, runtime, seed=0)
@@ -88,10 +93,8 @@ def whole(split: Split) -> Split:
     return replace(split, images=np.stack(list(split.images)))
 
 
-def measure(epoch: Callable[[], Iterator], images: int, device: torch.device) -> float:
+def measure(epoch: Epoch, images: int, device: torch.device) -> float:
     """Images per second of a full pass."""
-    for _ in islice(epoch(), WARM_UP):
-        pass
     started = time.perf_counter()
     for _ in epoch():
         pass
@@ -100,37 +103,41 @@ def measure(epoch: Callable[[], Iterator], images: int, device: torch.device) ->
     return images / (time.perf_counter() - started)
 
 
-def timed(make: Callable[[], ImageData | Split]) -> tuple[ImageData | Split, float]:
+def pipelines(data: ImageData, root: Path, cache: Path, options: argparse.Namespace, runtime: Runtime):
+    """(name, epoch, seconds of preparation) of each."""
+    yield "torchvision ImageFolder", image_folder(root, options, runtime), None
+    yield "none", ours(data.train, options, runtime), None
+    for kind in ("ram", "disk"):
+        started = time.perf_counter()
+        held = cached(data, kind, None, cache).train
+        yield kind, ours(held, options, runtime), time.perf_counter() - started
     started = time.perf_counter()
-    made = make()
-    return made, time.perf_counter() - started
+    array = whole(cached(data, "ram", None, cache).train)
+    yield "device", ours(array, options, runtime, Resident(array.images)), time.perf_counter() - started
 
 
 def compare(options: argparse.Namespace, root: Path, cache: Path) -> None:
     runtime = Runtime(options.device, num_workers=options.workers)
-    workers = runtime.workers(cheap=False)
-    data, reading = timed(lambda: load(f"folder:{root}", None))
-    assert isinstance(data, ImageData)
+    data = load(f"folder:{root}", None)
     print(
-        f"{len(data.train):,} JPEGs of {options.jpeg_size} px to {options.crop} px, {options.recipe}, batches of "
-        f"{options.batch}, {workers} workers, {torch.get_num_threads()} threads, {runtime.device}, torch "
-        f"{torch.__version__}; listing the folder took {reading:.1f} s"
+        f"{len(data.train):,} JPEGs of {options.jpeg_size} px to {options.crop} px, {options.recipe}, batches "
+        f"of {options.batch}, {runtime.workers(cheap=False)} workers, {torch.get_num_threads()} threads, "
+        f"{runtime.device}, torch {torch.__version__}; median of {options.rounds}"
     )
-    print(f"{'pipeline':<24}{'images/s':>10}{'ratio':>8}{'prepared in':>13}")
-    plain = measure(image_folder(root, options, runtime, workers), len(data.train), runtime.device)
-    print(f"{'torchvision ImageFolder':<24}{plain:>10.0f}{1:>8.2f}{'-':>13}", flush=True)
-    for kind in ("none", "ram", "disk", "device"):
-        if kind == "device":
-            held, seconds = timed(lambda: whole(cached(data, "ram", None, cache).train))
-            assert isinstance(held, Split) and isinstance(held.images, np.ndarray)
-            epoch = ours(held, options, runtime, Resident(held.images))
-        else:
-            held, seconds = timed(lambda kind=kind: cached(data, kind, None, cache))
-            assert isinstance(held, ImageData)
-            epoch = ours(held.train, options, runtime)
-        rate = measure(epoch, len(data.train), runtime.device)
-        prepared = "-" if kind == "none" else f"{seconds:.1f} s"
-        print(f"{kind:<24}{rate:>10.0f}{rate / plain:>8.2f}{prepared:>13}", flush=True)
+    made = list(pipelines(data, root, cache, options, runtime))
+    for _, epoch, _ in made:
+        for _ in islice(epoch(), WARM_UP):
+            pass
+    rates: dict[str, list[float]] = {name: [] for name, *_ in made}
+    for _ in range(options.rounds):
+        for name, epoch, _ in made:
+            rates[name].append(measure(epoch, len(data.train), runtime.device))
+    print(f"{'pipeline':<24}{'images/s':>10}{'min..max':>16}{'ratio':>8}{'prepared in':>13}")
+    for name, _, seconds in made:
+        rate, prepared = median(rates[name]), "-" if seconds is None else f"{seconds:.1f} s"
+        spread = f"{min(rates[name]):.0f}..{max(rates[name]):.0f}"
+        ratio = median(mine / plain for mine, plain in zip(rates[name], rates[made[0][0]], strict=True))
+        print(f"{name:<24}{rate:>10.0f}{spread:>16}{ratio:>8.2f}{prepared:>13}")
 
 
 def main() -> None:

@@ -15,7 +15,6 @@ from data.table import Row, Variant
 from utils.errors import DataError
 
 Level = Literal["error", "warning", "note"]
-MANUAL = "docs/datasets.md"
 
 
 @dataclass(frozen=True)
@@ -134,7 +133,7 @@ def check_counts(row: Row, train: int, test: int, findings: Findings) -> Variant
         findings.warn(
             "D07",
             f"{found} = variant '{variant.name}', not '{expected.name}' ({expected.counts()}): numbers of the two are "
-            f"not comparable; see {MANUAL}#{row.key}",
+            f"not comparable; see {row.manual}",
         )
         return variant
     if row.key == "cars" and expected.matches(test, train):

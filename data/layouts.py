@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data.checks import MANUAL, Findings, check_class_folders, check_classes, found_in, some
+from data.checks import Findings, check_class_folders, check_classes, found_in, some
 from data.images import Paths, images_below, visible_folders
 from data.records import ImageData, Split
 from data.splits import Chosen, Pool, cache_root, class_hash, listed_split, read_classes, seeded_split
@@ -93,7 +93,7 @@ def find_place(row: Row, root: Path, findings: Findings) -> Path | None:
     findings.error(
         "D01",
         f"folder '{root / row.folders[0]}' not found{also}. Set data_root or PALIMPSEST_DATA, or pass --data-root. "
-        f"Expected: {row.expects}. See {MANUAL}#{row.key}",
+        f"Expected: {row.expects}. See {row.manual}",
     )
     return None
 
@@ -133,7 +133,7 @@ def find_halves(row: Row, place: Path, findings: Findings) -> dict[str, Path] | 
         findings.error(
             "D12",
             f"{test.name}/ holds {files:,} files and no class folders: move them into one folder per class, named as "
-            f"in train/ (how: {MANUAL}#{row.key})",
+            f"in train/ (how: {row.manual})",
         )
         return None
     return {"train": train, "test": test}
@@ -189,6 +189,8 @@ def read_halves(
     )
     before = len(findings.of("error"))
     check_class_folders(row, folders, {half: path.name for half, path in halves.items()}, hidden, findings)
+    if not folders["train"] and not row.classes:
+        findings.error("D05", f"no class folders in '{halves['train']}'. Expected: {row.expects}")
     data = image_data(row, folders, how, findings) if folders["train"] else None
     return data if len(findings.of("error")) == before else None
 

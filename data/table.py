@@ -60,6 +60,11 @@ class Row:
     seeded: bool = True
     note: str = ""
 
+    @property
+    def manual(self) -> str:
+        """Where the user reads about it; a folder of one's own has no section."""
+        return "docs/datasets.md" if ":" in self.key else f"docs/datasets.md#{self.key}"
+
 
 SPLIT_FOLDERS = "train/<class>/ and test/<class>/"
 WNID = r"n\d{8}"

@@ -122,6 +122,13 @@ def test_d05_foreign_folder(tmp_path):
     assert len(texts) == 2 and all("found 201; extra: __MACOSX" in text for text in texts)
 
 
+def test_d05_own_folder_without_classes(tmp_path):
+    for half in ("train", "test"):
+        (tmp_path / half).mkdir()
+    with pytest.raises(DataError, match="D05 error: folder:.*: no class folders in '.*train'. Expected: train/<class>"):
+        load(f"folder:{tmp_path}", None)
+
+
 def test_d06_class_sets_differ(vtab):
     (vtab / "vtab" / "test" / "7").rename(vtab / "vtab" / "test" / "seven")
     (text,) = codes("vtab", vtab)["D06"]
