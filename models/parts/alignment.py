@@ -1,0 +1,180 @@
+"""Classifier alignment: all heads are trained together on features drawn from the stored class Gaussians.
+
+Each epoch draws n samples of every Gaussian, shuffles them and takes one step per n samples:
+
+    x = mean factor * mean_g + F_g e;  SLCA++ divides a row of task t by 1 + q (cur - t)
+    z = W x + b   or   s cos(x, w_c)
+    L = CE(reduce(z / (tau N)), y),   N = mean_k (||z of head k|| + 1e-7)      tau = 0:  L = CE(reduce(z), y)
+
+Shapes: G Gaussians, n samples of each, B batch rows (n), D feature width, C outputs of all heads together, T heads.
+Sources: SLCA (arXiv 2303.05118) section 3.3, SLCA++ (arXiv 2408.08295); RAA and InfLoRA+CA use the same stage:
+
+                    mean factor        row jitter mu    tau      logits
+    SLCA            mean_decay(...)    0                0.1      linear
+    SLCA++          none               0.02             0.1      linear
+    RAA             mean_decay(...)    0                0        cosine, scale s
+    InfLoRA+CA      mean_decay(...)    0                0.1 | 0  linear
+
+The heads are one (C, D) matrix, the norms one product with the head-of-column matrix, and losses stay on the device:
+one step is a handful of kernels and nothing is read back.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.optim import SGD
+from torch.optim.lr_scheduler import CosineAnnealingLR
+
+from models.parts.gaussians import ClassGaussians
+
+HALF_WIDTH = 0.01  # of the uniform distribution of q around mu; a constant in SLCA++'s reference
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """Settings of the stage. SGD from scratch, lrate falling to 0 along a cosine over the epochs.
+
+    samples: per Gaussian and epoch, and rows per step.  tau: temperature of the normalised logits, 0 for plain logits.
+    cosine: logits are scale * cos(x, w_c); the norm replaces the scale when tau > 0.  distance_mu: mu of the row
+    jitter, q ~ U(mu - 0.01, mu + 0.01).
+    """
+
+    epochs: int = 5
+    lrate: float = 0.01
+    weight_decay: float = 5e-4
+    momentum: float = 0.9
+    samples: int = 256
+    tau: float = 0.0
+    cosine: bool = False
+    scale: float = 1.0
+    distance_mu: float = 0.0
+
+
+class Draws(NamedTuple):
+    """The random numbers of one epoch: eps (G, n, K) normal, uniform (G, n) in [0, 1) (read when distance_mu > 0),
+    order (G n,) the permutation of the rows."""
+
+    eps: Tensor
+    uniform: Tensor
+    order: Tensor
+
+
+class Aligned(NamedTuple):
+    """weight (C, D) and bias (C,) or None after the stage; losses (epochs, G) of each step, on the device."""
+
+    weight: Tensor
+    bias: Tensor | None
+    losses: Tensor
+
+
+def align(
+    weight: Tensor,
+    bias: Tensor | None,
+    sizes: Sequence[int],
+    gaussians: ClassGaussians,
+    settings: Alignment,
+    *,
+    mean_factor: Tensor | None = None,
+    ages: Tensor | None = None,
+    reduce: Callable[[Tensor], Tensor] | None = None,
+    generator: torch.Generator | None = None,
+    draws: Callable[[int], Draws] | None = None,
+) -> Aligned:
+    """Train stacked heads, weight (C, D) and bias (C,), on samples of the Gaussians; the arguments are not changed.
+
+    sizes: outputs of each head, in order, C in all.  mean_factor (G,): see `mean_decay`.
+    ages (G,): tasks since each Gaussian was measured, see `distance_factor`; needed when distance_mu > 0.
+    reduce: (B, C) -> (B, classes), for streams where several outputs vote for one class; targets are gaussians.labels.
+    generator: on the Gaussians' device; draws: epoch -> its random numbers, instead of fresh ones.
+    """
+    weight = weight.detach().clone().requires_grad_()
+    bias = None if bias is None else bias.detach().clone().requires_grad_()
+    parameters = [weight] if bias is None else [weight, bias]
+    optimizer = SGD(parameters, settings.lrate, momentum=settings.momentum, weight_decay=settings.weight_decay)
+    scheduler = CosineAnnealingLR(optimizer, T_max=max(1, settings.epochs))
+    means = gaussians.means if mean_factor is None else gaussians.means * mean_factor.double()[:, None]
+    heads = head_of_column(sizes, weight)
+    targets = gaussians.labels.repeat_interleave(settings.samples)
+    losses = weight.new_zeros(settings.epochs, len(gaussians))
+    for epoch in range(settings.epochs):
+        rows, order = _epoch_rows(gaussians, means, settings, ages, generator, draws(epoch) if draws else None)
+        for step, batch in enumerate(order.split(settings.samples)):
+            logits = head_logits(rows[batch], weight, bias, settings, heads)
+            loss = F.cross_entropy(logits if reduce is None else reduce(logits), targets[batch])
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            losses[epoch, step] = loss.detach()
+        scheduler.step()
+    return Aligned(weight.detach(), None if bias is None else bias.detach(), losses)
+
+
+def _epoch_rows(
+    gaussians: ClassGaussians,
+    means: Tensor,
+    settings: Alignment,
+    ages: Tensor | None,
+    generator: torch.Generator | None,
+    given: Draws | None,
+) -> tuple[Tensor, Tensor]:
+    """Samples (G n, D) of one epoch, Gaussian by Gaussian, and the order (G n,) in which the steps read them."""
+    count, device = len(gaussians) * settings.samples, means.device
+    if given is None:
+        samples = gaussians.draw(means, settings.samples, generator)
+        order = torch.randperm(count, generator=generator, device=device)
+    else:
+        samples, order = gaussians.sample(means, given.eps), given.order
+    if settings.distance_mu:
+        if ages is None:
+            raise ValueError("distance_mu scales rows by the age of their class: give align() the ages (G,)")
+        shape = samples.shape[:2]
+        uniform = torch.rand(shape, generator=generator, device=device) if given is None else given.uniform
+        samples = samples * distance_factor(ages, uniform, settings.distance_mu)[..., None]
+    return samples.flatten(0, 1), order
+
+
+def head_logits(rows: Tensor, weight: Tensor, bias: Tensor | None, settings: Alignment, heads: Tensor) -> Tensor:
+    """(B, D) -> what the loss reads (B, C); heads (C, T) as `head_of_column` gives it."""
+    if settings.cosine:
+        logits = F.linear(F.normalize(rows, dim=1), F.normalize(weight, dim=1), bias)
+        return settings.scale * logits if settings.tau <= 0 else normalised(logits, heads, settings.tau)
+    logits = F.linear(rows, weight, bias)
+    return logits if settings.tau <= 0 else normalised(logits, heads, settings.tau)
+
+
+def normalised(logits: Tensor, heads: Tensor, tau: float) -> Tensor:
+    """z / (tau N), N = mean over heads k of (||z_k||_2 + 1e-7), with its gradient. logits (B, C), heads (C, T).
+
+    The clamp keeps the gradient finite where all logits of a head are zero.
+    """
+    norms = (logits.square() @ heads).clamp(min=1e-30).sqrt()  # (B, T)
+    return logits / (tau * (norms.mean(dim=1, keepdim=True) + 1e-7))
+
+
+def head_of_column(sizes: Sequence[int], like: Tensor) -> Tensor:
+    """(C, T): 1 where output c belongs to head k."""
+    owner = torch.arange(len(sizes), device=like.device).repeat_interleave(torch.tensor(sizes, device=like.device))
+    return F.one_hot(owner, len(sizes)).to(like.dtype)
+
+
+def mean_decay(tasks: Tensor, current: int, decay: float = 0.1) -> Tensor:
+    """1 - decay + decay (t + 1) / (current + 1): older means are drawn towards 0 (SLCA). tasks (G,) -> (G,) float64."""
+    return 1 - decay + decay * (tasks.double() + 1) / (current + 1)
+
+
+def distance_factor(ages: Tensor, uniform: Tensor, mu: float) -> Tensor:
+    """1 / (1 + q age), q = mu - 0.01 + 0.02 u: the draw undoes the feature scaling that SLCA++ evaluates with.
+
+    ages (G,), uniform (G, n) in [0, 1) -> (G, n).
+    """
+    return 1 / (1 + (mu - HALF_WIDTH + 2 * HALF_WIDTH * uniform) * ages[:, None])
+
+
+def upstream_tasks(labels: Tensor, last_size: int) -> Tensor:
+    """Task of each class as the reference implementations of SLCA, RAA and InfLoRA count it: label // size of the
+    current task. Right only while all tasks have one size."""
+    return labels // last_size

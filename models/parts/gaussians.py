@@ -1,0 +1,266 @@
+"""Gaussians of class features: measured in one pass over a task's images, factored once, sampled by matrix products.
+
+    mean_g = mean of f(x),   cov_g = sum (f - mean_g)(f - mean_g)^T / (n_g - 1) + ridge I
+    x = m_g + F_g e,   F_g F_g^T = cov_g,   e ~ N(0, I)
+
+Shapes: G Gaussians, D feature width, n samples of each, K width of the noise that a storage kind reads, R the rows of
+a root of a covariance. Sources: SLCA (arXiv 2303.05118), SLCA++ (arXiv 2408.08295). A class that comes back in another
+task (another domain) is a Gaussian of its own under the same label.
+
+A distribution object per class and epoch factors each covariance twice and draws by matrix-vector products; here the
+factor is what is stored, and the samples of many classes are one batched product (benchmarks/alignment.py).
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from models.parts.loop import extract_features
+from utils.data_manager import View
+from utils.runtime import Runtime
+
+CHUNK = 64  # Gaussians sampled at a time: bounds the noise held beside the samples
+
+
+class Growing(nn.Module):
+    """A module whose buffers grow along their first dimension and load any length from a checkpoint."""
+
+    def declare(self, name: str, *shape: int, dtype: torch.dtype = torch.float32) -> None:
+        self.register_buffer(name, torch.zeros(0, *shape, dtype=dtype))
+
+    def append(self, **rows: Tensor) -> None:
+        for name, new in rows.items():
+            old = getattr(self, name)
+            setattr(self, name, torch.cat([old, new.to(old)]))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        for name, buffer in list(self.named_buffers(recurse=False)):
+            if (saved := state_dict.get(prefix + name)) is not None:
+                setattr(self, name, buffer.new_empty(saved.shape))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class FullCovariances(Growing):
+    """The lower Cholesky factor: 4 D^2 bytes a class."""
+
+    factors: Tensor  # (G, D, D)
+
+    def __init__(self, feature_dim: int, rank: int):
+        super().__init__()
+        self.noise = feature_dim
+        self.declare("factors", feature_dim, feature_dim)
+
+    def add(self, roots: Sequence[Tensor], free: Sequence[int], ridge: float) -> None:
+        """One task's covariances root^T root + ridge I, root (R, D) float64; free: their degrees of freedom."""
+        self.append(factors=torch.stack([cholesky(root.T @ root, ridge) for root in roots]))
+
+    def spread(self, eps: Tensor, first: int) -> Tensor:
+        """Noise (g, n, K) for the Gaussians from `first` on -> zero-mean features (g, n, D)."""
+        return eps @ self.factors[first : first + len(eps)].mT
+
+    def dense(self) -> Tensor:
+        """(G, D, D)."""
+        return self.factors @ self.factors.mT
+
+    def planned_bytes(self, gaussians: int, tasks: int) -> int:
+        return 4 * gaussians * self.noise**2
+
+
+class DiagonalCovariances(Growing):
+    """Standard deviations alone: 4 D bytes a class."""
+
+    deviations: Tensor  # (G, D)
+
+    def __init__(self, feature_dim: int, rank: int):
+        super().__init__()
+        self.noise = feature_dim
+        self.declare("deviations", feature_dim)
+
+    def add(self, roots: Sequence[Tensor], free: Sequence[int], ridge: float) -> None:
+        self.append(deviations=torch.stack([(root.square().sum(dim=0) + ridge).sqrt() for root in roots]))
+
+    def spread(self, eps: Tensor, first: int) -> Tensor:
+        return eps * self.deviations[first : first + len(eps), None]
+
+    def dense(self) -> Tensor:
+        return torch.diag_embed(self.deviations.square())
+
+    def planned_bytes(self, gaussians: int, tasks: int) -> int:
+        return 4 * gaussians * self.noise
+
+
+class LowRankCovariances(Growing):
+    """cov ~ V V^T + diag(d): the r strongest directions and the variances that they leave, 4 D (r + 1) bytes a class.
+
+    The diagonal is exact; a class of at most r + 1 images is kept whole.
+    """
+
+    directions: Tensor  # (G, D, r)
+    deviations: Tensor  # (G, D)
+
+    def __init__(self, feature_dim: int, rank: int):
+        super().__init__()
+        self.rank = min(rank, feature_dim)
+        self.noise = self.rank + feature_dim
+        self.declare("directions", feature_dim, self.rank)
+        self.declare("deviations", feature_dim)
+
+    def add(self, roots: Sequence[Tensor], free: Sequence[int], ridge: float) -> None:
+        directions = [strongest_directions(root, self.rank) for root in roots]
+        pairs = zip(roots, directions, strict=True)
+        rest = [root.square().sum(dim=0) + ridge - along.square().sum(dim=1) for root, along in pairs]
+        self.append(directions=torch.stack(directions), deviations=torch.stack(rest).clamp(min=0).sqrt())
+
+    def spread(self, eps: Tensor, first: int) -> Tensor:
+        rows = slice(first, first + len(eps))
+        along, each = eps[..., : self.rank], eps[..., self.rank :]
+        return torch.baddbmm(each * self.deviations[rows, None], along, self.directions[rows].mT)
+
+    def dense(self) -> Tensor:
+        return self.directions @ self.directions.mT + torch.diag_embed(self.deviations.square())
+
+    def planned_bytes(self, gaussians: int, tasks: int) -> int:
+        return 4 * gaussians * (self.noise - self.rank) * (self.rank + 1)
+
+
+class SharedCovariances(Growing):
+    """One pooled within-class covariance a task: 4 D^2 bytes a task, however many classes it has."""
+
+    factors: Tensor  # (tasks, D, D)
+    owners: Tensor  # (G,): the factor of each Gaussian
+
+    def __init__(self, feature_dim: int, rank: int):
+        super().__init__()
+        self.noise = feature_dim
+        self.declare("factors", feature_dim, feature_dim)
+        self.declare("owners", dtype=torch.int64)
+
+    def add(self, roots: Sequence[Tensor], free: Sequence[int], ridge: float) -> None:
+        pooled = torch.stack([n * (root.T @ root) for root, n in zip(roots, free, strict=True)]).sum(dim=0)
+        owner = torch.full((len(roots),), len(self.factors))
+        self.append(factors=cholesky(pooled / max(1, sum(free)), ridge)[None], owners=owner)
+
+    def spread(self, eps: Tensor, first: int) -> Tensor:
+        return eps @ self.factors[self.owners[first : first + len(eps)]].mT
+
+    def dense(self) -> Tensor:
+        return (self.factors @ self.factors.mT)[self.owners]
+
+    def planned_bytes(self, gaussians: int, tasks: int) -> int:
+        return 4 * tasks * self.noise**2 + 8 * gaussians
+
+
+Covariances = FullCovariances | DiagonalCovariances | LowRankCovariances | SharedCovariances
+STORAGE: Mapping[str, Callable[[int, int], Covariances]] = {
+    "full": FullCovariances,
+    "diag": DiagonalCovariances,
+    "low_rank": LowRankCovariances,
+    "shared": SharedCovariances,
+}
+
+
+class ClassGaussians(Growing):
+    """The Gaussians of all classes seen, in the order in which they were added.
+
+    storage: "full" | "diag" | "low_rank" | "shared" (how covariances are kept); rank: of "low_rank".
+    ridge: what every variance gets on top; the whole covariance of a class with one image.
+    means are float64 and may be moved by their owner (RAA's shift); factors are float32.
+    """
+
+    means: Tensor  # (G, D) float64
+    labels: Tensor  # (G,) the class
+    tasks: Tensor  # (G,) the task that it was measured in
+
+    def __init__(self, feature_dim: int, storage: str = "full", ridge: float = 1e-4, rank: int = 32):
+        super().__init__()
+        self.ridge = ridge
+        self.declare("means", feature_dim, dtype=torch.float64)
+        self.declare("labels", dtype=torch.int64)
+        self.declare("tasks", dtype=torch.int64)
+        self.covariances: Covariances = STORAGE[storage](feature_dim, rank)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def measure(
+        self, features: Callable[[Tensor], Tensor], view: View, task: int, runtime: Runtime, batch_size: int
+    ) -> None:
+        """Add the classes of a view: one pass over its images, whatever the number of classes."""
+        with runtime.stopwatch("statistics"):
+            self.add(*extract_features(features, view, runtime, batch_size), task)
+
+    def add(self, features: Tensor, labels: Tensor, task: int) -> None:
+        """Add the classes among `labels` (N,), of features (N, D), as those of `task`. Sums in float64."""
+        classes, means, centred = [], [], []
+        for label, rows in by_label(features, labels):
+            rows = rows.double()
+            classes.append(label)
+            means.append(rows.mean(dim=0))
+            centred.append(rows - means[-1])
+        free = [len(rows) - 1 for rows in centred]
+        roots = [rows / max(1, n) ** 0.5 for rows, n in zip(centred, free, strict=True)]
+        self._append(torch.stack(means), torch.tensor(classes), task, roots, free, self.ridge)
+
+    def add_moments(self, means: Tensor, covs: Tensor, labels: Tensor, task: int) -> None:
+        """Add Gaussians by their moments: means (g, D), positive definite covs (g, D, D) as they are, labels (g,)."""
+        roots = list(torch.linalg.cholesky(covs.double()).mT)
+        self._append(means, labels, task, roots, [1] * len(labels), ridge=0.0)
+
+    def _append(
+        self, means: Tensor, labels: Tensor, task: int, roots: list[Tensor], free: list[int], ridge: float
+    ) -> None:
+        self.append(means=means, labels=labels, tasks=torch.full_like(labels, task))
+        self.covariances.add(roots, free, ridge)
+
+    def sample(self, means: Tensor, eps: Tensor) -> Tensor:
+        """x = m + F e for all Gaussians: means (G, D) (perhaps scaled), eps (G, n, K) -> (G, n, D) float32."""
+        return self.covariances.spread(eps, 0) + means.float()[:, None]
+
+    def draw(self, means: Tensor, count: int, generator: torch.Generator | None = None) -> Tensor:
+        """`count` fresh samples around each of means (G, D) -> (G, count, D); few Gaussians' noise at a time."""
+        samples = means.new_empty(len(self), count, means.shape[1], dtype=torch.float32)
+        for first in range(0, len(self), CHUNK):
+            part = samples[first : first + CHUNK]
+            eps = torch.randn(len(part), count, self.noise, generator=generator, device=means.device)
+            part.copy_(self.covariances.spread(eps, first)).add_(means[first : first + CHUNK, None])
+        return samples
+
+    @property
+    def noise(self) -> int:
+        """K: numbers that one sample takes from the generator."""
+        return self.covariances.noise
+
+    def dense_covariances(self) -> Tensor:
+        """(G, D, D) float32, as far as the storage kind keeps them."""
+        return self.covariances.dense()
+
+    def planned_bytes(self, gaussians: int, tasks: int) -> int:
+        """What the buffers will take once there are that many Gaussians from that many tasks."""
+        return gaussians * (8 * self.means.shape[1] + 16) + self.covariances.planned_bytes(gaussians, tasks)
+
+
+def by_label(features: Tensor, labels: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """(label, its rows of features) for each label that occurs, ascending: one sort, not one search per class."""
+    order = labels.argsort(stable=True)
+    classes, counts = labels[order].unique_consecutive(return_counts=True)
+    yield from zip(classes.tolist(), features[order].split(counts.tolist()), strict=True)
+
+
+def cholesky(cov: Tensor, ridge: float) -> Tensor:
+    """(D, D) float64 -> lower factor of cov + ridge I; float32 fails where an eigenvalue passes 1e7 ridges."""
+    eye = torch.eye(len(cov), dtype=cov.dtype, device=cov.device)
+    return torch.linalg.cholesky(cov + ridge * eye)
+
+
+def strongest_directions(root: Tensor, rank: int) -> Tensor:
+    """(D, r): the leading eigenvectors of root^T root times the square root of their eigenvalues; zero columns where
+    there are fewer. root (R, D); the smaller of the two Gram matrices is decomposed."""
+    if len(root) < root.shape[1]:
+        vectors = torch.linalg.eigh(root @ root.T).eigenvectors
+        directions = root.T @ vectors[:, -rank:]
+    else:
+        values, vectors = torch.linalg.eigh(root.T @ root)
+        directions = vectors[:, -rank:] * values[-rank:].clamp(min=0).sqrt()
+    return nn.functional.pad(directions, (0, rank - directions.shape[1]))
