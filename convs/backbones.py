@@ -73,6 +73,18 @@ def make_backbone(spec: str | Mapping[str, Any], weights: str | None, image_size
     return Backbone(model, info.feature_dim), info
 
 
+def renew_final_norm(backbone: Backbone) -> None:
+    """Put a fresh LayerNorm (weight 1, bias 0, eps 1e-5) in the place of the one that a ViT's features leave by.
+
+    Raises ConfigError when the model has none.
+    """
+    model = backbone.model
+    name = next((n for n in ("fc_norm", "norm") if isinstance(getattr(model, n, None), nn.LayerNorm)), None)
+    if name is None:
+        raise ConfigError("fresh_final_norm", [f"{type(model).__name__} has no final LayerNorm: set it to false"])
+    setattr(model, name, nn.LayerNorm(backbone.feature_dim))
+
+
 def input_size(spec: str | Mapping[str, Any]) -> int:
     """Pixels a side that a backbone expects, known without building it."""
     name = spec if isinstance(spec, str) else str(spec.get("name"))

@@ -95,6 +95,19 @@ class TaskHeads(nn.Module):
                 for name, value in self._tensors():
                     value.copy_(saved[name])
 
+    def stacked(self) -> tuple[Tensor, Tensor]:
+        """Weights (C, D) and biases (C,) of all heads, scales apart."""
+        heads = list(self._linears())
+        return torch.cat([head.weight for head in heads]), torch.cat([head.bias for head in heads])
+
+    def set_stacked(self, weight: Tensor, bias: Tensor) -> None:
+        """Overwrite all heads: (C, D), (C,)."""
+        parts = zip(self._linears(), weight.split(self.sizes), bias.split(self.sizes), strict=True)
+        with torch.no_grad():
+            for head, rows, offsets in parts:
+                head.weight.copy_(rows)
+                head.bias.copy_(offsets)
+
     def forward(self, features: Tensor) -> Tensor:
         heads = zip(self._linears(), self.scales, strict=True)
         return torch.cat([head(scale * features) for head, scale in heads], dim=1)

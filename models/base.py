@@ -6,7 +6,7 @@ checkpoints. Order in one task:
     before_task -> [prepare -> loss -> after_backward -> after_step]* -> after_epoch ... -> after_task -> predict
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -129,6 +129,10 @@ class Learner(nn.Module):
             *_tensors_in([part.state_dict() for part in self.parts().values()]),
         ]
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+    def statistics_bytes(self, tasks: Sequence[Task]) -> int:
+        """What the statistics of these tasks will take in the state, known beforehand; 0 when the method keeps none."""
+        return 0
 
     def _pretrained(self) -> set[int]:
         return {id(parameter) for parameter in self.network.backbone.model.parameters()}

@@ -30,6 +30,7 @@ def plan(learner: "Learner", manager: DataManager) -> str:
         f"class order  {order}",
         f"parameters   total {total:,}, trainable {sum(p.numel() for p in trainable):,}, "
         f"stored after task 1 {learner.stored_bytes() / 2**20:.1f} MiB",
+        *_statistics_line(learner, manager),
         f"memory       about {_memory_mib(learner, trainable):.0f} MiB in training with batches of {config.batch_size}",
         "task  classes  train images  test images  epochs",
     ]
@@ -41,6 +42,11 @@ def plan(learner: "Learner", manager: DataManager) -> str:
             f"{learner.epochs(task):>6}"
         )
     return "\n".join(lines)
+
+
+def _statistics_line(learner: "Learner", manager: DataManager) -> list[str]:
+    first, last = (learner.statistics_bytes(manager[:count]) for count in (1, len(manager)))
+    return [f"statistics   {first:,} bytes after task 1, {last:,} after the last"] if last else []
 
 
 def _memory_mib(learner: "Learner", trainable: list[torch.nn.Parameter]) -> float:

@@ -1,5 +1,7 @@
 """Losses that several learners share."""
 
+import math
+
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -7,3 +9,16 @@ from torch import Tensor
 def slice_cross_entropy(logits: Tensor, targets: Tensor, classes: range) -> Tensor:
     """Cross-entropy over the columns of `classes` alone: CE(z[:, K:], y - K). logits (B, C), targets (B,) -> ()."""
     return F.cross_entropy(logits[:, classes.start : classes.stop], targets - classes.start)
+
+
+def symmetric_cross_entropy(logits: Tensor, targets: Tensor, ce: float, rce: float) -> Tensor:
+    """ce * CE + rce * RCE (Wang et al., 2019, "Symmetric cross entropy"). logits (B, C), targets (B,) -> ().
+
+    RCE = -mean sum_c p_c log q_c with the one-hot q clamped to 1e-4: log 1 = 0 leaves -log(1e-4) sum_{c != y} p_c.
+    p is clamped to 1e-7, below which it has no gradient.
+    """
+    loss = ce * F.cross_entropy(logits, targets)
+    if rce == 0:
+        return loss
+    wrong = logits.softmax(dim=1).clamp(min=1e-7).scatter(1, targets[:, None], 0.0)
+    return loss - rce * math.log(1e-4) * wrong.sum(dim=1).mean()

@@ -1,0 +1,90 @@
+"""Low-rank branches beside the linear layers of any timm ViT (Hu et al., 2022; as SLCA++ uses them).
+
+    y = x W^T + b + s (x A^T) B^T        A (r, in), B (out, r); the product B A is never formed in training
+
+SLCA++ starts A at the first r right singular vectors of W and B at 0, so a branch begins as the identity and looks
+along the directions that the pre-trained layer uses most. s = 0.8 is its reference's constant.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from utils.errors import ConfigError
+
+
+class LoRALinear(nn.Linear):
+    """A linear layer with a branch: (..., in) -> (..., out). weight and bias keep their names, so weight files fit."""
+
+    def __init__(self, linear: nn.Linear, rank: int, scale: float):
+        """Takes over the parameters of `linear`. A truncated normal (std 0.02), B zero."""
+        super().__init__(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
+        self.weight, self.bias = linear.weight, linear.bias
+        self.scale = scale
+        self.lora_A = nn.Parameter(self.weight.new_empty(rank, self.in_features))
+        self.lora_B = nn.Parameter(self.weight.new_zeros(self.out_features, rank))
+        nn.init.trunc_normal_(self.lora_A, std=0.02)
+        self.merged = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.linear(x, self.weight, self.bias)
+        return y if self.merged else torch.add(y, F.linear(F.linear(x, self.lora_A), self.lora_B), alpha=self.scale)
+
+    @torch.no_grad()
+    def start_from_svd(self) -> None:
+        """A = the first r right singular vectors of W, strongest first, each up to its sign; B stays."""
+        self.lora_A.copy_(right_singular_vectors(self.weight, len(self.lora_A)))
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """W <- W + s B A: the plain layer's cost in inference. Not to be saved or trained until `unmerge`."""
+        if not self.merged:
+            self.weight += self.scale * self.lora_B @ self.lora_A
+            self.merged = True
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        if self.merged:
+            self.weight -= self.scale * self.lora_B @ self.lora_A
+            self.merged = False
+
+
+def add_lora(model: nn.Module, rank: int, scale: float = 0.8, targets: Sequence[str] = ("attn.qkv",)) -> None:
+    """Replace the linear layers called `targets` in every block of a ViT by `LoRALinear`.
+
+    Raises ConfigError when the model has no blocks with such layers.
+    """
+    found = [
+        (parent, name, layer)
+        for path, parent in model.named_modules()
+        for name, layer in parent.named_children()
+        if any(f"{path}.{name}".endswith(f".{target}") for target in targets) and isinstance(layer, nn.Linear)
+    ]
+    if not found:
+        wanted = ", ".join(targets)
+        raise ConfigError(
+            "lora_rank", [f"the backbone ({type(model).__name__}) has no linear layers called {wanted}: use a ViT"]
+        )
+    for parent, name, layer in found:
+        setattr(parent, name, LoRALinear(layer, rank, scale))
+
+
+def lora_layers(model: nn.Module) -> Iterator[LoRALinear]:
+    return (module for module in model.modules() if isinstance(module, LoRALinear))
+
+
+def right_singular_vectors(weight: Tensor, count: int) -> Tensor:
+    """(out, in) -> the first `count` rows of V^T in W = U S V^T, as eigenvectors of the smaller Gram matrix, float64.
+
+    A full SVD also finds U and all of V: at ViT-B/16 that costs several times as much per matrix (and most for fc2,
+    whose V is 3072 x 3072). Squaring W halves the digits, hence float64.
+    """
+    w = weight.detach().double()
+    if w.shape[0] < w.shape[1]:  # W^T u_i = s_i v_i
+        left = torch.linalg.eigh(w @ w.T).eigenvectors[:, -count:]
+        vectors = F.normalize(w.T @ left, dim=0)
+    else:
+        vectors = torch.linalg.eigh(w.T @ w).eigenvectors[:, -count:]
+    return vectors.flip(1).T.to(weight.dtype)
