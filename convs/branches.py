@@ -18,14 +18,14 @@ from torch import Tensor, nn
 from utils.errors import ConfigError
 
 
-class BranchedProjection(nn.Module):
-    """A ViT's `attn.qkv` with the current task's branch; weight and bias keep their names and are frozen.
+class BranchedProjection(nn.Linear):
+    """A ViT's `attn.qkv` with the current task's branch; it takes over weight and bias, under their names, frozen.
 
     B = 0 means no branch. A is fixed unless a learner lets it train.
     """
 
     def __init__(self, qkv: nn.Linear, rank: int):
-        super().__init__()
+        super().__init__(qkv.in_features, qkv.out_features, bias=qkv.bias is not None, device="meta")
         width = qkv.in_features
         self.weight, self.bias = qkv.weight, qkv.bias
         self.A = nn.Parameter(self.weight.new_zeros(rank, width), requires_grad=False)

@@ -17,7 +17,7 @@ Variants are fields: InfLoRA-b5 (blocks, memory "gpm"), +CA (ca_epochs), DomainN
 
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 import torch
@@ -27,15 +27,19 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
+from convs.backbones import renew_final_norm
 from convs.branches import InputMoments, add_branches
 from convs.heads import TaskHeads
 from models.base import LEARNERS, Learner, MakeBackbone
+from models.parts.alignment import Alignment, align, mean_decay, upstream_tasks
+from models.parts.gaussians import ClassGaussians
 from models.parts.loop import for_each_batch
 from models.parts.optim import build_optimizer, build_scheduler, group
 from models.parts.subspace import GPM, DualGPM, Energy
 from utils.config import Count, Rate, RunConfig, Whole
 from utils.data_manager import Task
 from utils.runtime import Runtime
+from utils.seed import mix
 
 log = logging.getLogger(__name__)
 
@@ -66,9 +70,23 @@ class InfLoRAConfig(RunConfig):
         description="what lamb is a share of: squared singular values of the moment C (the published runs), "
         "or those of the inputs, as the paper writes it, which keeps about twice as many directions",
     )
-    fresh_norm: bool = Field(False, description="replace the final LayerNorm by a fresh, frozen one (CA on CIFAR-100)")
-    domain_reduce: Literal["max", "mean"] = Field(
-        "max", description="score of a class over the heads of all domains, in a domain-incremental stream"
+    fresh_final_norm: bool = Field(
+        False, description="replace the final norm by a fresh, frozen one, as the reference's +CA does on CIFAR-100"
+    )
+    ca_epochs: Whole = Field(0, description="epochs of classifier alignment (+CA: 5); 0: neither it nor its statistics")
+    ca_lrate: Rate = Field(0.01, description="learning rate of the alignment")
+    ca_weight_decay: Rate = Field(5e-4, description="weight decay of the alignment")
+    ca_samples: Count = Field(256, description="features drawn per class and alignment epoch, and per step")
+    ca_with_logit_norm: Rate = Field(0.1, description="temperature of the normalised logits; 0: plain logits")
+    mean_decay: Rate = Field(0.1, description="how far the means of the oldest classes shrink in alignment; 0: not")
+    domain_reduce: Literal["max", "mean", "sum_softmax"] = Field(
+        "max", description="domain-incremental: a class's score from its scores over the domains' heads"
+    )
+    upstream: bool = Field(
+        False,
+        description="reproduce the reference: a branch fills rows that have no free direction with interfering ones, "
+        "the first task's memory of half the width or more is not complemented, a class's task in the alignment is "
+        "counted as label // size of the current task",
     )
 
     @classmethod
@@ -77,6 +95,10 @@ class InfLoRAConfig(RunConfig):
         if given.get("memory") == "none":
             for key in sorted({"lamb", "lame", "energy"} & set(given)):
                 yield key, 'has no effect with "memory": "none": drop the key'
+        if not given.get("ca_epochs"):
+            alignment = {"ca_lrate", "ca_weight_decay", "ca_samples", "ca_with_logit_norm", "mean_decay"}
+            for key in sorted(alignment & set(given)):
+                yield key, 'has no effect without "ca_epochs": give that too, or drop the key'
         lamb, lame = (given.get(key, cls.model_fields[key].default) for key in ("lamb", "lame"))
         if isinstance(lamb, int | float) and isinstance(lame, int | float) and lame < lamb:
             yield "lame", f"is {lame}, below lamb ({lamb}): the share that is kept must not fall"
@@ -93,11 +115,14 @@ class InfLoRA(Learner):
         super().__init__(config, make_backbone, runtime)
         self.network = self.build_network(make_backbone, TaskHeads)
         vit: Any = self.network.backbone.model
-        if config.fresh_norm:
-            vit.norm = nn.LayerNorm(self.network.feature_dim)
+        if config.fresh_final_norm:
+            renew_final_norm(self.network.backbone)
         vit.requires_grad_(False)
         self.layers = add_branches(vit, config.blocks, config.rank)
-        self.memory = None if config.memory == "none" else self._make_memory()
+        kind = {"dualgpm": DualGPM, "gpm": GPM, "none": None}[config.memory]
+        limits = config.lamb, config.lame, config.energy, config.upstream
+        self.memory = kind(len(self.layers), self.layers[0].width, *limits) if kind else None
+        self.gaussians = ClassGaussians(self.network.feature_dim) if config.ca_epochs else None
 
     def before_task(self, task: Task) -> None:
         heads = self._heads
@@ -111,7 +136,7 @@ class InfLoRA(Learner):
         designs, ranks = self.memory.design(self._moments(task), self.config.rank)
         for layer, design in zip(self.layers, designs, strict=True):
             layer.start(design)
-        self._warn_of_lack(ranks.tolist())
+        self._warn_of_lack(ranks.tolist(), "the task's inputs reach too few free directions")
 
     def train(self, mode: bool = True) -> "InfLoRA":
         """The network stays in evaluation mode: nothing in it may depend on the batch."""
@@ -145,13 +170,24 @@ class InfLoRA(Learner):
     def after_task(self, task: Task) -> None:
         if self.memory is not None:
             self.memory.update(self._moments(task), task.index, task.num_tasks)
-            self._describe_memory(task)
+            log.info("task %d/%d  memory: %s", task.index + 1, task.num_tasks, self.memory.describe())
+            if task.index + 1 < task.num_tasks:
+                self._warn_of_lack(self.memory.free.tolist(), "the memory leaves too few directions")
         for layer in self.layers:
             layer.fold()
+        if self.gaussians is not None:
+            view, size = task.train.view("test"), self.config.test_batch_size
+            self.gaussians.measure(self.network.features, view, task.index, self.runtime, size)
+            if task.index > 0:
+                with self.runtime.stopwatch("alignment"):
+                    self._align(task, self.gaussians)
 
     def predict(self, images: Tensor) -> Tensor:
-        votes = self.network(images).unflatten(1, (-1, self.task.total_classes))  # (B, heads of one class, C)
-        return self._reduce(votes)
+        return self._class_scores(self.network(images))
+
+    def statistics_bytes(self, tasks: Sequence[Task]) -> int:
+        classes = sum(len(task.classes) for task in tasks)
+        return self.gaussians.planned_bytes(classes, len(tasks)) if self.gaussians is not None else 0
 
     def stored_bytes(self) -> int:
         """Also the key and value weights that hold the past branches."""
@@ -163,14 +199,14 @@ class InfLoRA(Learner):
         assert isinstance(self.network.head, TaskHeads)
         return self.network.head
 
-    def _reduce(self, votes: Tensor) -> Tensor:
-        """(B, H, C) -> (B, C): H = 1, or one vote of each domain's head."""
+    def _class_scores(self, logits: Tensor) -> Tensor:
+        """(B, outputs of all heads) -> (B, C): every class has one score, or one from each domain's head."""
+        if self.task.domain is None:
+            return logits
+        votes = logits.unflatten(1, (-1, self.task.total_classes))  # (B, domains, C)
+        if self.config.domain_reduce == "sum_softmax":
+            return votes.log_softmax(dim=2).logsumexp(dim=1)
         return votes.amax(dim=1) if self.config.domain_reduce == "max" else votes.mean(dim=1)
-
-    def _make_memory(self) -> GPM:
-        config, kind = self.config, DualGPM if self.config.memory == "dualgpm" else GPM
-        width = self.layers[0].width
-        return kind(len(self.layers), width, config.lamb, config.lame, config.energy, config.upstream)
 
     def _moments(self, task: Task) -> Tensor:
         """C (L, D, D) of the task's training images, as the network is now."""
@@ -182,32 +218,33 @@ class InfLoRA(Learner):
         self.runtime.reduce_sum(moments.tokens)
         return moments.mean()
 
-    def _warn_of_lack(self, ranks: list[int]) -> None:
-        rank, short = self.config.rank, [i for i, r in enumerate(ranks) if r < self.config.rank]
-        if short:
-            log.warning(
-                "layers %s: the task's inputs reach fewer than %d free directions (%s); %s. A lower lamb or rank helps",
-                _listed(short), rank, _listed(ranks[i] for i in short),
-                "the rest of A interferes with old tasks, as in the reference" if self.config.upstream
-                else "their branches get that rank",
-            )  # fmt: skip
+    def _align(self, task: Task, gaussians: ClassGaussians) -> None:
+        """Train all heads on samples of the class Gaussians; they stay so, and later heads join them."""
+        config, heads, tau = self.config, self._heads, self.config.ca_with_logit_norm
+        tasks = gaussians.tasks
+        if config.upstream and task.domain is None:
+            tasks = upstream_tasks(gaussians.labels, len(task.classes))
+        aligned = align(
+            *heads.stacked(),
+            heads.sizes,
+            gaussians,
+            Alignment(
+                config.ca_epochs, config.ca_lrate, config.ca_weight_decay, config.momentum, config.ca_samples, tau=tau
+            ),
+            mean_factor=mean_decay(tasks, task.index, config.mean_decay),
+            reduce=self._class_scores,
+            generator=torch.Generator(self.runtime.device).manual_seed(mix(config.seeds[0], task.index)),
+        )  # fmt: skip
+        assert aligned.bias is not None
+        heads.set_stacked(aligned.weight, aligned.bias)
 
-    def _describe_memory(self, task: Task) -> None:
-        assert self.memory is not None
-        columns, retain, free = (getattr(self.memory, name).tolist() for name in ("columns", "retain", "free"))
-        kinds = [f"{n} {'retain' if kept else 'remove'}" for n, kept in zip(columns, retain, strict=True)]
-        log.info("task %d/%d  memory columns by layer: %s; left for new branches: %s of %d directions", task.index + 1,
-                 task.num_tasks, ", ".join(kinds), _listed(free), self.memory.width)  # fmt: skip
-        rank = self.config.rank
-        if task.index + 1 < task.num_tasks and min(free) < rank:
-            log.warning("layers %s: the next branch finds less room than its rank %d; a lower lamb leaves more",
-                        _listed(i for i, f in enumerate(free) if f < rank), rank)  # fmt: skip
+    def _warn_of_lack(self, found: list[int], when: str) -> None:
+        """found: by layer, directions that are there for a branch."""
+        if short := [layer for layer, count in enumerate(found) if count < self.config.rank]:
+            listed = ", ".join(f"layer {layer} {found[layer]}" for layer in short)
+            log.warning("%s for a branch of rank %d: %s. A lower lamb or rank helps", when, self.config.rank, listed)
 
 
 def lagging_cosine(epoch: int, epochs: int) -> float:
     """cos(99 pi max(e - 1, 0) / (200 (K - 1))): the reference steps its cosine one epoch late. K = 1: constant."""
     return math.cos(99 * math.pi * max(epoch - 1, 0) / (200 * (epochs - 1))) if epochs > 1 else 1.0
-
-
-def _listed(values: Any) -> str:
-    return ", ".join(map(str, values))

@@ -71,6 +71,13 @@ class GPM(nn.Module):
         stored = self.projector()
         return torch.where(self.retain[:, None, None], stored, torch.eye(self.width).to(stored) - stored)
 
+    def describe(self) -> str:
+        """Columns and kind by layer, and the room that is left."""
+        kinds = ["retain" if kept else "remove" for kept in self.retain.tolist()]
+        columns = ", ".join(f"{n} {kind}" for n, kind in zip(self.columns.tolist(), kinds, strict=True))
+        free = ", ".join(map(str, self.free.tolist()))
+        return f"columns by layer {columns}; free for new branches {free} of {self.width} directions"
+
     def threshold(self, task: int, num_tasks: int) -> float:
         """eps_t."""
         return self.lamb + (self.lame - self.lamb) * task / num_tasks

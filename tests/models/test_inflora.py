@@ -17,7 +17,7 @@ from utils.errors import ConfigError, Interrupted
 from utils.factory import config_from
 from utils.runtime import Runtime
 
-QUICK = {"lrate": 0.01, "rank": 4, "epochs": 3}
+QUICK = {"rank": 4, "epochs": 3}
 
 
 class Silent:
@@ -86,7 +86,7 @@ def stage_learner(tmp_path, ref, **keys):
         "weight_decay": float(ref["hp_wd"]), "init_weight_decay": float(ref["hp_init_wd"]),
         "fc_lrate": float(ref["hp_fc_lr"]) if two_groups else None, "optimizer": str(ref["hp_optim"]),
         "rank": int(ref["hp_rank"]), "lamb": float(ref["hp_lamb"]), "lame": float(ref["hp_lame"]),
-        "image_size": size, "backbone": backbone, "upstream": True,
+        "image_size": size, "backbone": backbone, "upstream": True, "normalize": "none",
     }  # fmt: skip
     manager, learner = build_tiny(tmp_path, "inflora", **(values | keys))
     learner = learner.double()
@@ -230,12 +230,12 @@ def test_exhausted_memory_warns_and_stops_adapting(tmp_path, caplog):
     caplog.set_level("INFO")
     for task in manager[:2]:
         learn(learner, task)
-    assert "finds less room than its rank 4" in caplog.text
-    assert "left for new branches" in caplog.text and "retain" in caplog.text
+    assert "the memory leaves too few directions for a branch of rank 4" in caplog.text
+    assert "free for new branches" in caplog.text and "retain" in caplog.text
     before = [layer.weight.detach().clone() for layer in learner.layers]
     caplog.clear()
     learn(learner, manager[2])
-    assert "fewer than 4 free directions" in caplog.text
+    assert "the task's inputs reach too few free directions" in caplog.text
     used = [int(layer.A.detach().any(dim=1).sum()) for layer in learner.layers]
     assert min(used) < 4
     for layer, weight, rows in zip(learner.layers, before, used, strict=True):
@@ -270,15 +270,18 @@ def test_heads_have_a_rate_of_their_own_when_asked(tmp_path):
         )
 
 
-def test_a_fresh_norm_is_frozen(tmp_path):
-    manager, learner = build_tiny(tmp_path, "inflora", fresh_norm=True)
+def test_a_fresh_final_norm_is_frozen(tmp_path):
+    manager, learner = build_tiny(tmp_path, "inflora", fresh_final_norm=True)
     learner.task = manager[0]
     learner.before_task(manager[0])
     norm = learner.network.backbone.model.norm
     assert norm.eps == 1e-5 and bool((norm.weight == 1).all()) and not norm.weight.requires_grad
 
 
-@pytest.mark.parametrize("rule, score", [("max", lambda v: v.amax(1)), ("mean", lambda v: v.mean(1))])
+@pytest.mark.parametrize(
+    "rule, score",
+    [("max", lambda v: v.amax(1)), ("mean", lambda v: v.mean(1)), ("sum_softmax", lambda v: v.softmax(2).sum(1).log())],
+)
 def test_domains_get_a_head_each_and_vote(tmp_path, rule, score):
     data = write_stream(tmp_path / "domains.npz", domains=3)
     manager, learner = build_tiny(
