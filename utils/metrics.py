@@ -71,3 +71,27 @@ def summarise(correct: np.ndarray, correct_task_il: np.ndarray, count: np.ndarra
 def lower_triangle(matrix: np.ndarray) -> list[list[float | None]]:
     """(T, T) -> nested lists with null above the diagonal."""
     return [[float(v) if i <= t else None for i, v in enumerate(row)] for t, row in enumerate(matrix)]
+
+
+def grouped_accuracy(
+    predicted: np.ndarray, labels: np.ndarray, known_classes: int, width: int = 10
+) -> dict[str, float]:
+    """Accuracy in percent in all, in groups of `width` class ids, and of old and new classes, as PyCIL-style toolboxes
+    print it; predicted, labels (N,).
+
+    The groups run over range(0, largest label, width), so a last class whose id is a multiple of `width` has none;
+    old or new classes without images count as 0.
+    """
+    right = predicted == labels
+    accuracy = {"total": 100.0 * right.mean()}
+    for first in range(0, int(labels.max()), width):
+        within = (labels >= first) & (labels < first + width)
+        accuracy[f"{first:02d}-{first + width - 1:02d}"] = 100.0 * right[within].mean()
+    for name, chosen in (("old", labels < known_classes), ("new", labels >= known_classes)):
+        accuracy[name] = 100.0 * right[chosen].mean() if chosen.any() else 0.0
+    return {name: float(value) for name, value in accuracy.items()}
+
+
+def top_k_accuracy(best: np.ndarray, labels: np.ndarray, k: int) -> float:
+    """Percent of labels (N,) among the first k columns of best (N, at least k), best prediction first."""
+    return float(100.0 * (best[:, :k] == labels[:, None]).any(axis=1).mean())
