@@ -133,7 +133,7 @@ class InfLoRA(Learner):
                 layer.start(nn.init.kaiming_uniform_(torch.empty_like(layer.A), a=math.sqrt(5)))
                 layer.A.requires_grad_()
             return
-        designs, ranks = self.memory.design(self._moments(task), self.config.rank)
+        designs, ranks = self.memory.design(self.input_moments(task), self.config.rank)
         for layer, design in zip(self.layers, designs, strict=True):
             layer.start(design)
         self._warn_of_lack(ranks.tolist(), "the task's inputs reach too few free directions")
@@ -169,7 +169,7 @@ class InfLoRA(Learner):
 
     def after_task(self, task: Task) -> None:
         if self.memory is not None:
-            self.memory.update(self._moments(task), task.index, task.num_tasks)
+            self.memory.update(self.input_moments(task), task.index, task.num_tasks)
             log.info("task %d/%d  memory: %s", task.index + 1, task.num_tasks, self.memory.describe())
             if task.index + 1 < task.num_tasks:
                 self._warn_of_lack(self.memory.free.tolist(), "the memory leaves too few directions")
@@ -208,7 +208,7 @@ class InfLoRA(Learner):
             return votes.log_softmax(dim=2).logsumexp(dim=1)
         return votes.amax(dim=1) if self.config.domain_reduce == "max" else votes.mean(dim=1)
 
-    def _moments(self, task: Task) -> Tensor:
+    def input_moments(self, task: Task) -> Tensor:
         """C (L, D, D) of the task's training images, as the network is now."""
         moments = InputMoments(self.layers)
         view, size = task.train.view("train"), self.config.test_batch_size

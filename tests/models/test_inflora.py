@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+import models.inflora as inflora
 import models.parts.loop as loop
 import trainer
 from models.inflora import lagging_cosine
@@ -299,7 +300,57 @@ def test_domains_get_a_head_each_and_vote(tmp_path, rule, score):
     assert 100 * correct[0].sum() / sum(len(task.test) for task in manager) > 60  # chance is 17
 
 
-@pytest.mark.parametrize("keys", [{}, {"memory": "gpm", "blocks": (0,)}, {"memory": "none"}])
+def test_alignment_trains_all_heads_and_they_stay(tmp_path, monkeypatch):
+    manager, learner = build_tiny(
+        tmp_path, "inflora", ca_epochs=2, ca_samples=16, ca_lrate=0.05, ca_with_logit_norm=0.2, upstream=True, **QUICK
+    )
+    given = []
+    align = inflora.align
+    monkeypatch.setattr(inflora, "align", lambda *args, **keys: given.append((args, keys)) or align(*args, **keys))
+    learn(learner, manager[0])
+    assert not given and len(learner.gaussians) == 2
+    for task in manager[1:]:
+        learner.task = task
+        learner.before_task(task)
+        fit(learner, task, Silent())
+        before = learner.network.head.stacked()[0].detach().clone()
+        learner.after_task(task)
+        moved = (learner.network.head.stacked()[0].detach() - before).norm(dim=1)
+        assert bool((moved > 1e-4).all())
+    (weight, _, sizes, gaussians, settings), keys = given[-1]
+    assert len(weight) == 6 and sizes == [2, 2, 2] and gaussians.labels.tolist() == list(range(6))
+    assert (settings.epochs, settings.lrate, settings.samples, settings.tau) == (2, 0.05, 16, 0.2)
+    expected = [0.9 + 0.1 * (c // 2 + 1) / 3 for c in range(6)]
+    np.testing.assert_allclose(keys["mean_factor"], expected)
+
+
+def test_alignment_of_domains_trains_the_combined_score(tmp_path):
+    data = write_stream(tmp_path / "domains.npz", domains=2)
+    manager, learner = build_tiny(
+        tmp_path, "inflora", dataset=data, increment=None, shuffle=False, ca_epochs=2, ca_samples=16, **QUICK
+    )
+    for task in manager:
+        learn(learner, task)
+    assert learner.gaussians.labels.tolist() == [*range(6), *range(6)]
+    correct = evaluate(learner, list(manager))
+    assert 100 * correct[0].sum() / sum(len(task.test) for task in manager) > 60
+
+
+def test_state_counts_what_the_method_keeps(tmp_path):
+    """Key and value weights with their remainder (2 x 2 D^2 a layer), the memory, one head; the branch's B."""
+    manager, learner = build_tiny(tmp_path, "inflora", **QUICK)
+    learn(learner, manager[0])
+    width, layers = learner.network.feature_dim, len(learner.layers)
+    memory = sum(b.numel() * b.element_size() for b in learner.memory.buffers())
+    branches = 4 * layers * (2 * 2 * width * width + 2 * width * 4)
+    head = 4 * 2 * (width + 1)
+    small = 4 * (1 + 6)  # the head's scale, the network's mean and std
+    assert learner.stored_bytes() == memory + branches + head + small
+    assert learner.statistics_bytes([manager[0]]) == 0
+    assert build_tiny(tmp_path, "inflora", ca_epochs=1)[1].statistics_bytes([manager[0]]) > 0
+
+
+@pytest.mark.parametrize("keys", [{}, {"memory": "gpm", "blocks": (0,), "ca_epochs": 2}, {"memory": "none"}])
 def test_stopped_inside_task_two_and_resumed_gives_the_same_digits(tmp_path, monkeypatch, keys):
     config = config_from(tiny_values(tmp_path, "inflora", seed=3, train_transform="pad_crop", **(QUICK | keys)), "test")
     trainer.run(config, tmp_path / "whole", resume=False)
@@ -335,6 +386,7 @@ def _final_state(folder: Path):
         ({"memory": "none", "lamb": 0.9}, '"lamb" has no effect with "memory": "none"'),
         ({"lamb": 0.9, "lame": 0.8}, "the share that is kept must not fall"),
         ({"lamb": 1.5}, '"lamb" must be'),
+        ({"ca_lrate": 0.1}, '"ca_lrate" has no effect without "ca_epochs"'),
         ({"memory": "dual"}, '"memory" must be'),
     ],
 )
