@@ -1,5 +1,6 @@
 """One run: seed, data, learner, task sequence, evaluation, results, checkpoint."""
 
+import json
 import logging
 import time
 from pathlib import Path
@@ -10,7 +11,7 @@ import torch
 from tqdm import tqdm
 
 from convs.backbones import input_size
-from models.base import Learner
+from models.base import LEARNERS, Learner
 from models.parts.loop import Fit, evaluate, fit
 from utils import checkpoint
 from utils.config import RunConfig
@@ -52,16 +53,12 @@ def run(config: RunConfig, folder: Path, resume: bool) -> None:
 def prepare(config: RunConfig, runtime: Runtime) -> tuple[DataManager, Learner]:
     """Data first, then the learner, seeded: what both a run and --check begin with."""
     manager = DataManager(config, config.image_size or input_size(config.backbone))
-    constant = torch_seed(config)
-    seed_everything(constant)
-    learner = build_learner(config, runtime)
-    return manager, learner
+    seed_everything(torch_seed(config))
+    return manager, build_learner(config, runtime)
 
 
 def torch_seed(config: RunConfig) -> int:
     """The seed of a single-seed config; with "upstream", the constant that some references seed torch with."""
-    from utils.factory import LEARNERS
-
     constant = LEARNERS[config.model_name].upstream_seed
     return constant if config.upstream and constant is not None else config.seeds[0]
 
@@ -74,6 +71,7 @@ def run_seed(config: RunConfig, folder: Path, runtime: Runtime, resume: bool) ->
         return
     if runtime.is_main:
         make_folder(folder)
+        write_json(folder / "config.json", config.model_dump(mode="json"))
     runtime.barrier()
     with run_log(folder, runtime.is_main), StopSignal() as stop:
         SeedRun(config, folder, runtime, stop).run()
@@ -91,12 +89,12 @@ class SeedRun:
         self.stored_bytes: list[int] = []
         self.trainable: list[int] = []
         self.images_trained, self.peak_memory, self.total_before = 0, 0.0, 0.0
-        self.task, self.stage, self.fit_state = 0, "start", None
+        self.task, self.stage, self.done = 0, "start", 0  # task at work, how far it is, tasks finished
+        self.fit_state: dict[str, Any] | None = None
         self.started = self.saved_at = time.perf_counter()
         self.checkpoint = folder / "checkpoint" / "last.pt"
         epoch_lines = self._restore() if self.checkpoint.is_file() else 0
         if runtime.is_main:
-            write_json(folder / "config.json", config.model_dump(mode="json"))
             self.epochs = EpochLog(folder / "epochs.jsonl", keep=epoch_lines)
 
     def run(self) -> None:
@@ -104,9 +102,7 @@ class SeedRun:
         log.info("%s on %s, seed %s: %d tasks", self.config.model_name, self.config.dataset, self.config.seed,
                  len(self.manager))  # fmt: skip
         log.info("%s; %s", self.runtime.device, info.report)
-        if self.stage == "done":
-            self.task, self.stage = self.task + 1, "start"
-        for index in range(self.task, len(self.manager)):
+        for index in range(self.done, len(self.manager)):
             self._run_task(self.manager[index])
         self._report()
 
@@ -127,15 +123,15 @@ class SeedRun:
         learner.after_task(task)
         self.correct[:, task.index, : task.index + 1] = evaluate(learner, self.manager[: task.index + 1])
         self.stored_bytes = [*self.stored_bytes[: task.index], learner.stored_bytes()]
+        self.done, self.stage = task.index + 1, "start"
         result = self.result()
         log.info("task %d/%d  accuracy %.2f  average %.2f  task known %.2f", task.index + 1, task.num_tasks,
                  result["last_acc"], result["avg_acc"], result["last_acc_task_il"])  # fmt: skip
-        self._save("done")
-        self.stage = "start"
+        self._save("start")
 
     def result(self) -> dict[str, Any]:
         """What result.json holds, for the tasks done so far."""
-        done = self.task + 1
+        done = self.done
         counts = np.array([len(task.test) for task in self.manager[:done]], dtype=float)
         seconds = dict(self.runtime.stopwatch.seconds)
         config, manager, info = self.config, self.manager, self.learner.backbone_info
@@ -183,7 +179,10 @@ class SeedRun:
         self._save("fit", fit_state.state_dict())
 
     def _save(self, stage: str, fit_state: dict[str, Any] | None = None) -> None:
-        """Write the checkpoint, and result.json after a task."""
+        """Write the checkpoint, and result.json after a task.
+
+        stage: what a resumed run does next: "start" the next task, go on with "fit", or take up a "fitted" task.
+        """
         with self.stop.deferred(), self.runtime.stopwatch("checkpoint"):
             states = self.runtime.gather(rng_state())
             if not self.runtime.is_main:
@@ -192,6 +191,7 @@ class SeedRun:
             state = {
                 "task": self.task,
                 "stage": stage,
+                "done": self.done,
                 "fit": fit_state,
                 "learner": learner.state_dict(),
                 "parts": {name: part.state_dict() for name, part in learner.parts().items()},
@@ -206,7 +206,7 @@ class SeedRun:
                 "total": self._total_seconds(),
                 "epoch_lines": self.epochs.lines,
             }
-            if stage == "done":
+            if stage == "start":
                 write_json(self.folder / "result.json", self.result() | {"finished": False})
             checkpoint.save(state, self.checkpoint)
             self.saved_at = time.perf_counter()
@@ -216,6 +216,7 @@ class SeedRun:
         state = checkpoint.load(self.checkpoint)
         learner = self.learner
         self.task, self.stage, self.fit_state = state["task"], state["stage"], state["fit"]
+        self.done = state["done"]
         learner.task = self.manager[self.task]
         learner.load_state_dict(state["learner"])
         trainable = set(state["requires_grad"])
@@ -230,7 +231,8 @@ class SeedRun:
         self.total_before = state["total"]
         states = state["rng"]
         set_rng_state(states[self.runtime.rank if self.runtime.rank < len(states) else 0])
-        log.info("resumed from task %d/%d (%s)", self.task + 1, len(self.manager), self.stage)
+        where = {"start": "", "fit": ", in training", "fitted": ", trained"}[self.stage]
+        log.info("resumed: %d of %d tasks done%s", self.done, len(self.manager), where)
         return state["epoch_lines"]
 
 
@@ -242,9 +244,10 @@ class Progress:
     def __init__(self, seed_run: SeedRun, task: Task):
         self.run, self.task = seed_run, task
         self.bar: tqdm | None = None
-        self.seen_before = 0
+        self.batches = 0
 
     def epoch_started(self, batches: int, done: int) -> None:
+        self.batches = batches
         # disable=None: no bar where the output is not a terminal
         disable = None if self.run.runtime.is_main else True
         self.bar = tqdm(total=batches, initial=done, leave=False, disable=disable, desc=f"task {self.task.index + 1}")
@@ -253,13 +256,9 @@ class Progress:
         run = self.run
         if self.bar is not None:
             self.bar.update()
-        if run.runtime.world > 1 and fit_state.step % self.AGREE_EVERY:
-            return
-        due = time.perf_counter() - run.saved_at > 60 * run.config.checkpoint_minutes
-        if run.runtime.any(run.stop.requested):
-            self._save_and_stop(fit_state)
-        if run.runtime.any(due):
-            run.save_inside_task(fit_state)
+        agreed = run.runtime.world == 1 or fit_state.step % self.AGREE_EVERY == 0
+        if agreed and fit_state.step < self.batches:  # at the end of the epoch `epoch_done` does it
+            self._save_if_due(fit_state)
 
     def epoch_done(self, fit_state: Fit, numbers: dict[str, float]) -> None:
         run, config, task = self.run, self.run.config, self.task
@@ -277,26 +276,36 @@ class Progress:
                  _duration(left), extra)  # fmt: skip
         if run.runtime.is_main:
             run.epochs.append(line)
-        if run.runtime.any(run.stop.requested):
-            self._save_and_stop(fit_state)
+        self._save_if_due(fit_state)
 
-    def _save_and_stop(self, fit_state: Fit) -> None:
-        self.run.save_inside_task(fit_state)
-        raise Interrupted("a signal")
+    def _save_if_due(self, fit_state: Fit) -> None:
+        """Save by the clock or on a signal, and stop on a signal; all processes agree on both."""
+        run = self.run
+        due = time.perf_counter() - run.saved_at > 60 * run.config.checkpoint_minutes
+        stop = run.runtime.any(run.stop.requested)
+        if stop or run.runtime.any(due):
+            run.save_inside_task(fit_state)
+        if stop:
+            raise Interrupted("a signal")
+
+
+OUR_FILES = frozenset({"config.json", "train.log", "epochs.jsonl", "result.json", "checkpoint", "plots"})
 
 
 def _claim(folder: Path, config: RunConfig, resume: bool) -> None:
-    """Refuse a folder that holds another config, another run's results without --resume, or foreign files."""
-    import json
+    """Refuse a folder that holds another config, this run's results without --resume, or foreign files.
 
-    path = folder / "config.json"
-    if not path.is_file():
-        if folder.is_dir() and any(folder.iterdir()):
-            raise UserError(
-                f"'{folder}' is not empty and holds no run of ours. Choose another folder with --output DIR"
-            )
+    A run that ended before its first epoch holds nothing worth keeping: its folder is free.
+    """
+    if folder.is_dir() and (foreign := sorted({path.name for path in folder.iterdir()} - OUR_FILES)):
+        raise UserError(
+            f"'{folder}' holds other files ({', '.join(foreign[:3])}). Choose another folder with --output DIR"
+        )
+    epochs = folder / "epochs.jsonl"
+    begun = (folder / "result.json").is_file() or (folder / "checkpoint" / "last.pt").is_file()
+    if not begun and not (epochs.is_file() and epochs.stat().st_size):
         return
-    saved = json.loads(path.read_text(encoding="utf-8"))
+    saved = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     if differing := config.same_run(saved):
         now = config.model_dump(mode="json")
         shown = ", ".join(f"{key} {saved.get(key)} there, {now.get(key)} now" for key in differing[:5])

@@ -86,13 +86,17 @@ def renew_final_norm(backbone: Backbone) -> None:
 
 
 def input_size(spec: str | Mapping[str, Any]) -> int:
-    """Pixels a side that a backbone expects, known without building it."""
+    """Pixels a side that a backbone expects, known without building it.
+
+    Raises ConfigError for an unknown name.
+    """
     name = spec if isinstance(spec, str) else str(spec.get("name"))
     arguments = {} if isinstance(spec, str) else spec
     if isinstance(size := arguments.get("img_size") or NAMED.get(name, {}).get("img_size"), int):
         return size
-    if name == "vit" or not timm.is_model(name.partition(".")[0]):
-        return 224
+    if name == "vit":
+        return 224  # timm's own default
+    _check_name(name, pretrained=False)
     cfg = timm.get_pretrained_cfg(name, allow_unregistered=True)
     return int(cfg.input_size[-1]) if cfg is not None else 224
 

@@ -42,7 +42,7 @@ def write_stream(
 
 
 def tiny_values(tmp_path: Path, model_name: str = "finetune", **keys: Any) -> dict[str, Any]:
-    """Raw config of a learner on the tiny stream and a tiny random ViT."""
+    """Raw config of a learner on the tiny stream and a tiny random ViT; None takes a key away."""
     values = {
         "model_name": model_name,
         "backbone": TINY_VIT,
@@ -58,9 +58,7 @@ def tiny_values(tmp_path: Path, model_name: str = "finetune", **keys: Any) -> di
     }
     if "dataset" not in keys:
         keys["dataset"] = write_stream(tmp_path / "stream.npz")
-    if "task_sizes" in keys or not keys.get("increment", 2):
-        values.pop("increment")
-    return values | {key: value for key, value in keys.items() if value is not None}
+    return {key: value for key, value in (values | keys).items() if value is not None}
 
 
 def build_tiny(tmp_path: Path, model_name: str = "finetune", **keys: Any):

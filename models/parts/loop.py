@@ -151,13 +151,16 @@ def evaluate(learner: "Learner", tasks: Sequence[Task], batch_size: int | None =
         for row, task in enumerate(tasks):
 
             def count(images: Tensor, targets: Tensor, row: int = row, classes: range = task.classes) -> None:
-                scores = learner.predict(images)  # (B, C)
-                within = scores[:, classes.start : classes.stop].argmax(dim=1) + classes.start
-                correct[0, row] += (scores.argmax(dim=1) == targets).sum()
-                correct[1, row] += (within == targets).sum()
+                correct[:, row] += count_correct(learner.predict(images), targets, classes)
 
             for_each_batch(task.test.view("test"), count, runtime, batch_size or learner.config.test_batch_size)
         return runtime.reduce_sum(correct).cpu().numpy()
+
+
+def count_correct(scores: Tensor, targets: Tensor, classes: range) -> Tensor:
+    """scores (B, C), targets (B,) -> (2,): right among all classes, and right among those of the task alone."""
+    within = scores[:, classes.start : classes.stop].argmax(dim=1) + classes.start
+    return torch.stack([(scores.argmax(dim=1) == targets).sum(), (within == targets).sum()])
 
 
 @torch.no_grad()
