@@ -96,7 +96,7 @@ def learner_in_task(folder: Path, runtime: Runtime, number: int) -> tuple[InfLoR
     if not data.is_file():
         labels = np.arange(50 * CLASSES)
         pixels = np.random.RandomState(SEED).randint(0, 256, (len(labels), 32, 32, 3)).astype(np.uint8)
-        np.savez(data, x_train=pixels, y_train=labels, x_test=pixels[:1], y_test=labels[:1])
+        np.savez(data, x_train=pixels, y_train=labels, x_test=pixels, y_test=labels)
     values = {
         "model_name": "inflora", "dataset": f"npz:{data}", "increment": CLASSES, "shuffle": False, "rank": RANK,
         "backbone": {"name": "vit", **VIT}, "weights": "random", "num_workers": 0, "image_size": 224,

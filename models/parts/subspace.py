@@ -69,7 +69,7 @@ class GPM(nn.Module):
     def free_projector(self) -> Tensor:
         """Q (L, D, D)."""
         stored = self.projector()
-        return torch.where(self.retain[:, None, None], stored, torch.eye(self.width).to(stored) - stored)
+        return torch.where(self.retain[:, None, None], stored, self._eye() - stored)
 
     def describe(self) -> str:
         """Columns and kind by layer, and the room that is left."""
@@ -126,6 +126,9 @@ class GPM(nn.Module):
             return left[:, :, :rank].mT / math.sqrt(3), ranks
         return directions.mT * usable[:, :, None] / math.sqrt(3), ranks
 
+    def _eye(self) -> Tensor:
+        return torch.eye(self.width, dtype=self.basis.dtype, device=self.basis.device)
+
     def _spectrum(self, moments: Tensor, energy: Energy) -> tuple[Tensor, Tensor, Tensor]:
         """Energies (L, D) of Q C in descending order, 0 for the old space, which comes last; the orthonormal
         vectors (L, D, D) as columns; the energy of C (L,)."""
@@ -139,7 +142,7 @@ class GPM(nn.Module):
         free = self.free_projector()
         projected = free @ moments
         matrix = projected @ (projected.mT if squared else free)
-        old = torch.eye(self.width).to(free) - free
+        old = self._eye() - free
         values, vectors = torch.linalg.eigh(matrix - total[:, None, None] * old)
         return values.flip(1).clamp(min=0), vectors.flip(2), total
 
