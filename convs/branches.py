@@ -71,12 +71,13 @@ class BranchedProjection(nn.Linear):
 
 
 def add_branches(vit: Any, blocks: Literal["all"] | Sequence[int], rank: int) -> list[BranchedProjection]:
-    """Put a branch into the attention of the given blocks of a timm ViT, by replacing `blocks[i].attn.qkv`.
+    """Put a branch into the attention of the given blocks of a timm ViT, by replacing `blocks[i].attn.qkv`; they come
+    in the order of the blocks.
 
     Raises ConfigError when the backbone has no such projections, or not that many blocks.
     """
     found = list(getattr(vit, "blocks", []))
-    chosen = range(len(found)) if blocks == "all" else blocks
+    chosen = range(len(found)) if blocks == "all" else sorted(set(blocks))
     if wrong := [index for index in chosen if index >= len(found)]:
         raise ConfigError("blocks", [f"block {wrong[0]} of a backbone with {len(found)} blocks (counted from 0)"])
     layers = []

@@ -181,6 +181,12 @@ def test_moments_are_summed_in_full_precision_under_autocast():
     assert torch.equal(*sums)
 
 
+def test_blocks_are_taken_in_order_and_once():
+    model = vit(depth=3)
+    layers = add_branches(model, (2, 0, 2), 2)
+    assert layers == [model.blocks[0].attn.qkv, model.blocks[2].attn.qkv]
+
+
 @pytest.mark.parametrize(
     "backbone, blocks, rank, message",
     [
