@@ -103,7 +103,7 @@ def align(
     for epoch in range(settings.epochs):
         rows, order = _epoch_rows(gaussians, means, settings, ages, generator, draws(epoch) if draws else None)
         for step, batch in enumerate(order.split(settings.samples)):
-            logits = head_logits(rows[batch], weight, bias, settings, heads)
+            logits = head_logits(rows.index_select(0, batch), weight, bias, settings, heads)
             loss = F.cross_entropy(logits if reduce is None else reduce(logits), targets[batch])
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
@@ -123,11 +123,8 @@ def _epoch_rows(
 ) -> tuple[Tensor, Tensor]:
     """Samples (G n, D) of one epoch, Gaussian by Gaussian, and the order (G n,) in which the steps read them."""
     count, device = len(gaussians) * settings.samples, means.device
-    if given is None:
-        samples = gaussians.draw(means, settings.samples, generator)
-        order = torch.randperm(count, generator=generator, device=device)
-    else:
-        samples, order = gaussians.sample(means, given.eps), given.order
+    samples = gaussians.draw(means, settings.samples, generator if given is None else given.eps)
+    order = torch.randperm(count, generator=generator, device=device) if given is None else given.order
     if settings.distance_mu:
         if ages is None:
             raise ValueError("distance_mu scales rows by the age of their class: give align() the ages (G,)")

@@ -21,7 +21,8 @@ from models.parts.loop import extract_features
 from utils.data_manager import View
 from utils.runtime import Runtime
 
-CHUNK = 64  # Gaussians sampled at a time: bounds the noise held beside the samples
+CHUNK = 16  # Gaussians sampled at a time: their noise stays in the cache and never takes the memory of an epoch
+STRIPS = 4  # of a triangular factor: the zeros to the right of a strip are not multiplied, 5/8 of the work is left
 
 
 class Growing(nn.Module):
@@ -56,9 +57,9 @@ class FullCovariances(Growing):
         """One task's covariances root^T root + ridge I, root (R, D) float64; free: their degrees of freedom."""
         self.append(factors=torch.stack([cholesky(root.T @ root, ridge) for root in roots]))
 
-    def spread(self, eps: Tensor, first: int) -> Tensor:
-        """Noise (g, n, K) for the Gaussians from `first` on -> zero-mean features (g, n, D)."""
-        return eps @ self.factors[first : first + len(eps)].mT
+    def sample(self, means: Tensor, eps: Tensor, first: int, out: Tensor) -> None:
+        """out = m + F e for the Gaussians from `first` on: means (g, D), noise eps (g, n, K), out (g, n, D)."""
+        triangular_product(means, eps, self.factors[first : first + len(eps)], out)
 
     def dense(self) -> Tensor:
         """(G, D, D)."""
@@ -81,8 +82,8 @@ class DiagonalCovariances(Growing):
     def add(self, roots: Sequence[Tensor], free: Sequence[int], ridge: float) -> None:
         self.append(deviations=torch.stack([(root.square().sum(dim=0) + ridge).sqrt() for root in roots]))
 
-    def spread(self, eps: Tensor, first: int) -> Tensor:
-        return eps * self.deviations[first : first + len(eps), None]
+    def sample(self, means: Tensor, eps: Tensor, first: int, out: Tensor) -> None:
+        torch.addcmul(means[:, None], eps, self.deviations[first : first + len(eps), None], out=out)
 
     def dense(self) -> Tensor:
         return torch.diag_embed(self.deviations.square())
@@ -113,10 +114,11 @@ class LowRankCovariances(Growing):
         rest = [root.square().sum(dim=0) + ridge - along.square().sum(dim=1) for root, along in pairs]
         self.append(directions=torch.stack(directions), deviations=torch.stack(rest).clamp(min=0).sqrt())
 
-    def spread(self, eps: Tensor, first: int) -> Tensor:
+    def sample(self, means: Tensor, eps: Tensor, first: int, out: Tensor) -> None:
         rows = slice(first, first + len(eps))
         along, each = eps[..., : self.rank], eps[..., self.rank :]
-        return torch.baddbmm(each * self.deviations[rows, None], along, self.directions[rows].mT)
+        torch.addcmul(means[:, None], each, self.deviations[rows, None], out=out)
+        out.baddbmm_(along, self.directions[rows].mT)
 
     def dense(self) -> Tensor:
         return self.directions @ self.directions.mT + torch.diag_embed(self.deviations.square())
@@ -142,8 +144,8 @@ class SharedCovariances(Growing):
         owner = torch.full((len(roots),), len(self.factors))
         self.append(factors=cholesky(pooled / max(1, sum(free)), ridge)[None], owners=owner)
 
-    def spread(self, eps: Tensor, first: int) -> Tensor:
-        return eps @ self.factors[self.owners[first : first + len(eps)]].mT
+    def sample(self, means: Tensor, eps: Tensor, first: int, out: Tensor) -> None:
+        triangular_product(means, eps, self.factors[self.owners[first : first + len(eps)]], out)
 
     def dense(self) -> Tensor:
         return (self.factors @ self.factors.mT)[self.owners]
@@ -214,17 +216,21 @@ class ClassGaussians(Growing):
         self.append(means=means, labels=labels, tasks=torch.full_like(labels, task))
         self.covariances.add(roots, free, ridge)
 
-    def sample(self, means: Tensor, eps: Tensor) -> Tensor:
-        """x = m + F e for all Gaussians: means (G, D) (perhaps scaled), eps (G, n, K) -> (G, n, D) float32."""
-        return self.covariances.spread(eps, 0) + means.float()[:, None]
+    def draw(self, means: Tensor, count: int, source: torch.Generator | Tensor | None = None) -> Tensor:
+        """x = m + F e, `count` samples around each of means (G, D), perhaps scaled or moved -> (G, count, D) float32.
 
-    def draw(self, means: Tensor, count: int, generator: torch.Generator | None = None) -> Tensor:
-        """`count` fresh samples around each of means (G, D) -> (G, count, D); few Gaussians' noise at a time."""
-        samples = means.new_empty(len(self), count, means.shape[1], dtype=torch.float32)
+        source: of the noise, a generator on the device of the means, or the noise itself (G, count, K).
+        """
+        means = means.float()
+        samples = means.new_empty(len(self), count, means.shape[1])
+        noise = means.new_empty(CHUNK, count, self.noise)
         for first in range(0, len(self), CHUNK):
-            part = samples[first : first + CHUNK]
-            eps = torch.randn(len(part), count, self.noise, generator=generator, device=means.device)
-            part.copy_(self.covariances.spread(eps, first)).add_(means[first : first + CHUNK, None])
+            out = samples[first : first + CHUNK]
+            if isinstance(source, Tensor):
+                eps = source[first : first + CHUNK]
+            else:
+                eps = noise[: len(out)].normal_(generator=source)
+            self.covariances.sample(means[first : first + CHUNK], eps, first, out)
         return samples
 
     @property
@@ -246,6 +252,14 @@ def by_label(features: Tensor, labels: Tensor) -> Iterator[tuple[int, Tensor]]:
     order = labels.argsort(stable=True)
     classes, counts = labels[order].unique_consecutive(return_counts=True)
     yield from zip(classes.tolist(), features[order].split(counts.tolist()), strict=True)
+
+
+def triangular_product(means: Tensor, eps: Tensor, factors: Tensor, out: Tensor) -> None:
+    """out = m + e L^T for lower triangular factors L: means (g, D), eps (g, n, D), factors (g, D, D), out (g, n, D)."""
+    width = -(-factors.shape[1] // STRIPS)
+    for start in range(0, factors.shape[1], width):
+        strip, end = slice(start, start + width), start + width
+        torch.baddbmm(means[:, None, strip], eps[..., :end], factors[:, strip, :end].mT, out=out[..., strip])
 
 
 def cholesky(cov: Tensor, ridge: float) -> Tensor:

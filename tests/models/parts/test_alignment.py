@@ -90,7 +90,7 @@ def test_first_step_of_the_reference(name):
     case = Case(name)
     draws = case.draws(0)
     factor = 1 if case.mean_factor is None else case.mean_factor[:, None]
-    rows = case.gaussians.sample(case.gaussians.means * factor, draws.eps)
+    rows = case.gaussians.draw(case.gaussians.means * factor, case.samples, draws.eps)
     if case.plus_plus:
         rows = rows * distance_factor(case.ages, draws.uniform, case.settings.distance_mu)[..., None]
     batch = draws.order[: case.samples]

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from models.parts.gaussians import STORAGE, ClassGaussians, by_label
+from models.parts.gaussians import CHUNK, STORAGE, ClassGaussians, by_label
 from tests.conftest import build_tiny, reference
 from tests.models.parts.test_alignment import float32_factor_error
 
@@ -47,7 +47,7 @@ def test_samples_of_the_reference():
     mean, cov, eps = (tensor(stats[f"sample/{name}"])[None] for name in ("mean", "cov", "eps"))
     gaussians = ClassGaussians(mean.shape[1])
     gaussians.add_moments(mean, cov, torch.tensor([0]), task=0)
-    ours = gaussians.sample(gaussians.means, eps)
+    ours = gaussians.draw(gaussians.means, eps.shape[1], eps)
     exact = mean.double() + eps.double() @ torch.linalg.cholesky(cov.double()).mT
     assert torch.allclose(ours.double(), exact, atol=5e-6, rtol=0)
     tolerance = max(1e-5, float32_factor_error(cov))
@@ -117,7 +117,7 @@ def test_same_draws_as_a_distribution_object():
     covs = gaussians.dense_covariances()
     torch.manual_seed(5)
     eps = torch.stack([torch.randn(11, gaussians.noise) for _ in covs])
-    ours = gaussians.sample(gaussians.means, eps)
+    ours = gaussians.draw(gaussians.means, eps.shape[1], eps)
     torch.manual_seed(5)
     for mean, cov, rows in zip(gaussians.means.float(), covs, ours, strict=True):
         theirs = torch.distributions.MultivariateNormal(mean, cov).sample((11,))
@@ -128,8 +128,9 @@ def test_draw_is_the_same_in_chunks():
     gaussians, _ = made("low_rank", classes=130, count=4, rank=2)
     drawn = gaussians.draw(gaussians.means, 5, torch.Generator().manual_seed(2))
     generator = torch.Generator().manual_seed(2)
-    parts = [torch.randn(n, 5, gaussians.noise, generator=generator) for n in (64, 64, 2)]
-    assert torch.allclose(drawn, gaussians.sample(gaussians.means, torch.cat(parts)), atol=1e-5)
+    sizes = [CHUNK] * (130 // CHUNK) + [130 % CHUNK]
+    eps = torch.cat([torch.empty(size, 5, gaussians.noise).normal_(generator=generator) for size in sizes])
+    assert torch.allclose(drawn, gaussians.draw(gaussians.means, 5, eps), atol=1e-5)
 
 
 @pytest.mark.parametrize("storage", STORAGE)
