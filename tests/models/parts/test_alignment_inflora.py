@@ -12,20 +12,16 @@ from tests.conftest import reference
 CASES = ("ca_stage_logitnorm", "ca_stage_plain")
 
 
-class GivenSamples(ClassGaussians):
-    """Hands out the stored samples instead of drawing its own: the noise of a `Draws` are the samples."""
-
-    def sample(self, means, eps):
-        return eps
-
-
 def stage(name: str):
-    """(arrays as tensors, Gaussians of the right number, tau)."""
+    """(arrays as tensors, Gaussians of zero mean and unit covariance, whose samples are their noise, tau).
+
+    So the stored samples can be handed in as the noise of a `Draws`.
+    """
     ref = {key: torch.from_numpy(np.asarray(value)) for key, value in reference(f"inflora/{name}").items()}
     classes, width = ref["scaled_means"].shape
-    gaussians = GivenSamples(width)
+    gaussians = ClassGaussians(width)
     unit = torch.eye(width).expand(classes, -1, -1)
-    gaussians.add_moments(ref["scaled_means"].double(), unit, torch.arange(classes), task=0)
+    gaussians.add_moments(torch.zeros(classes, width, dtype=torch.float64), unit, torch.arange(classes), task=0)
     return ref, gaussians, max(0.0, float(ref["tau"]))
 
 
