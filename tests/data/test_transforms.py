@@ -1,0 +1,37 @@
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from data.transforms import RECIPES, Transform, as_tensor
+
+
+@pytest.mark.parametrize("name", list(RECIPES))
+@pytest.mark.parametrize("shape", [(32, 32), (40, 61)])
+def test_every_recipe_gives_whole_pixels_of_the_asked_size(name, shape):
+    image = np.random.RandomState(0).randint(0, 256, (*shape, 3), dtype=np.uint8)
+    out = Transform(name, 32)(image)
+    assert out.shape == (3, 32, 32) and out.dtype == torch.uint8
+
+
+@pytest.mark.parametrize("name", list(RECIPES))
+def test_a_recipe_says_whether_it_draws(name):
+    image = np.random.RandomState(0).randint(0, 256, (48, 48, 3), dtype=np.uint8)
+    transform = Transform(name, 32)
+    torch.manual_seed(0)
+    outputs = {transform(image).numpy().tobytes() for _ in range(8)}
+    assert (len(outputs) > 1) == transform.random
+
+
+def test_none_keeps_the_pixels():
+    image = np.random.RandomState(0).randint(0, 256, (3, 16, 16, 3), dtype=np.uint8)
+    transform = Transform("none", 16)
+    assert transform.is_identity_on(image) and not Transform("none", 8).is_identity_on(image)
+    slow = torch.stack([transform(one) for one in image])
+    assert torch.equal(slow, as_tensor(image, [0, 1, 2]))
+
+
+def test_the_larger_size_before_a_centre_crop_is_256_for_224():
+    image = Image.new("RGB", (500, 400))
+    steps = RECIPES["resize_crop"].steps(224)
+    assert steps[0](image).size == (320, 256)
