@@ -8,10 +8,10 @@ import torch
 
 import models.slca as slca
 from models.parts.alignment import Draws, align
-from models.parts.loop import evaluate
+from models.parts.loop import evaluate, fit
 from tests.conftest import build_tiny, reference
 from tests.convs.test_lora import renamed
-from tests.models.test_contract import learn
+from tests.models.test_contract import Silent, learn
 from utils.data_manager import Task
 from utils.errors import ConfigError
 
@@ -243,6 +243,24 @@ def test_the_next_task_starts_from_the_heads_before_alignment(model_name, tmp_pa
     for now, before in zip(learner.head.stacked(), trained, strict=True):
         assert torch.equal(now[: len(before)], before)
     assert torch.equal(learner.head.scales, torch.ones(3))
+
+
+@pytest.mark.parametrize("model_name", ["slca", "slcapp"])
+def test_before_alignment_a_run_is_the_run_without_alignment(model_name, tmp_path):
+    scores = {}
+    for ca_epochs in (0, 2):
+        manager, learner = build_tiny(tmp_path, model_name, ca_epochs=ca_epochs, ca_samples=16)
+        images = torch.rand(6, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+        scores[ca_epochs] = []
+        for task in manager:
+            learner.task = task
+            learner.before_task(task)
+            fit(learner, task, Silent())
+            with torch.no_grad():
+                scores[ca_epochs].append(learner.eval().predict(images))
+            learner.after_task(task)
+    for without, before in zip(scores[0], scores[2], strict=True):
+        assert torch.equal(without, before)
 
 
 def test_true_tasks_are_counted_unless_upstream(tmp_path, monkeypatch):
