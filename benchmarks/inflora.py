@@ -134,7 +134,8 @@ def learner_step(learner: InfLoRA, task: Task, images: Tensor, targets: Tensor) 
     return lambda: optimizer.step(partial(closure, *learner.prepare(images, labels)))  # type: ignore[arg-type]
 
 
-def measure_steps(arguments: argparse.Namespace, folder: Path, runtime: Runtime) -> None:
+def measure_steps(arguments: argparse.Namespace, folder: Path, runtime: Runtime) -> float:
+    """Seconds of the learner's step in task 1."""
     images, targets = batch(arguments, runtime)
     steps = {"bare": bare_step(runtime, images, targets)}
     for number in (1, 10, 50):
@@ -142,6 +143,7 @@ def measure_steps(arguments: argparse.Namespace, folder: Path, runtime: Runtime)
     found = times(steps, arguments.repeats)
     precision = "bf16" if runtime.autocast_dtype else "fp32"
     show(f"step, {precision}", found, [("task 1", "bare"), ("task 10", "task 1"), ("task 50", "task 1")])
+    return found["task 1"]
 
 
 def measure_moments(arguments: argparse.Namespace, folder: Path, runtime: Runtime) -> None:
@@ -243,8 +245,12 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     print(f"torch {torch.__version__}, {arguments.threads} threads, batch {arguments.batch}")
     with TemporaryDirectory() as folder:
-        for precision in arguments.precision if "step" in arguments.parts else ():
-            measure_steps(arguments, Path(folder), Runtime(arguments.device, precision))
+        steps = {
+            precision: measure_steps(arguments, Path(folder), Runtime(arguments.device, precision))
+            for precision in (arguments.precision if "step" in arguments.parts else ())
+        }
+        if len(steps) == 2:
+            show("step in task 1", steps, [("fp32", "bf16")])
         if "moments" in arguments.parts:
             measure_moments(arguments, Path(folder), Runtime(arguments.device, "fp32"))
     if "memory" in arguments.parts:
