@@ -17,7 +17,8 @@ from utils.runtime import Runtime
 ROOT = Path(__file__).resolve().parent.parent
 FILES = experiments(ROOT / "exps")
 BUNDLED = ("digits", "glyphs", "glyphs_domains")
-TINY = {"name": "vit", "img_size": 32, "patch_size": 16, "embed_dim": 16, "depth": 1, "num_heads": 2}
+# As wide and deep as the largest rank and the highest block that an experiment asks for.
+TINY = {"name": "vit", "img_size": 32, "patch_size": 16, "embed_dim": 32, "depth": 5, "num_heads": 2}
 
 
 @pytest.fixture(params=FILES, ids=lambda path: str(path.relative_to(ROOT / "exps")))
