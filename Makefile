@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 # Written last, so that an interrupted installation is taken up again.
 READY = $(VENV)/.palimpsest-ready
 
-.PHONY: demo test lint format schemas small-vit clean
+.PHONY: demo test lint format index small-vit clean
 
 demo: $(READY)
 	$(BIN)/python main.py --config exps/quickstart.json --resume
@@ -22,8 +22,8 @@ format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-schemas: $(READY)
-	$(BIN)/python main.py --write-schemas exps/schema
+index: $(READY)
+	$(BIN)/python main.py --index exps
 
 small-vit: $(READY)
 	$(BIN)/python main.py --config exps/pretrain/glyphs.json --resume

@@ -9,6 +9,7 @@ import argparse
 import logging
 import sys
 from pathlib import Path
+from typing import Any
 
 
 def parser() -> argparse.ArgumentParser:
@@ -23,17 +24,23 @@ def parser() -> argparse.ArgumentParser:
     parse.add_argument("--output", type=Path, metavar="DIR", help="result folder; default runs/<experiment>")
     parse.add_argument("--resume", action="store_true", help="continue unfinished seeds, skip finished ones")
     parse.add_argument("--check", action="store_true", help="load everything, print the plan, run nothing")
+    parse.add_argument("--check-data", metavar="NAME", help="look through a data set and report all that is wrong")
+    parse.add_argument("--strict", action="store_true", help="with --check-data: doubts about counts are errors")
+    parse.add_argument("--check-weights", metavar="FILE", help="load a weight file into --set backbone=NAME")
     parse.add_argument("--keys", metavar="LEARNER", help="print the config keys of a learner")
     parse.add_argument("--list", action="store_true", help="print learners, data sets, transforms, experiments")
-    parse.add_argument("--write-schemas", type=Path, metavar="DIR", help="write a JSON schema per learner, for editors")
+    parse.add_argument(
+        "--index", type=Path, metavar="DIR", help="write DIR/README.md and DIR/schema/ of the experiments in DIR"
+    )
     return parse
 
 
 def main(arguments: list[str] | None = None) -> int:
     parse = parser()
     options = parse.parse_args(arguments)
-    if not (options.config or options.keys or options.list or options.write_schemas):
-        parse.error("nothing to do: give --config FILE (or --list, --keys LEARNER)")
+    wanted = (options.config, options.keys, options.list, options.index, options.check_data, options.check_weights)
+    if not any(wanted):
+        parse.error("nothing to do: give --config FILE (or --list, --keys LEARNER, --check-data NAME)")
     # After the arguments: torch takes seconds to import, and --help should not.
     from utils.errors import Interrupted, TrainingError, UserError
 
@@ -58,8 +65,12 @@ def act(options: argparse.Namespace) -> int:
         print(listing.everything())
     if options.keys:
         print(listing.keys(options.keys))
-    if options.write_schemas:
-        listing.write_schemas(options.write_schemas)
+    if options.index:
+        listing.write_index(options.index)
+    if options.check_weights:
+        check_weights(options)
+    if options.check_data and not check_data(options):
+        return 2
     flags = {"seed": options.seed, "device": options.device, "data_root": options.data_root}
     flags = {key: value for key, value in flags.items() if value is not None}
     # All configs are checked before the first one runs.
@@ -82,6 +93,50 @@ def check(config) -> None:
     first = config.with_seed(config.seeds[0])
     manager, learner = trainer.prepare(first, Runtime(config.device, config.precision, config.num_workers))
     print(plan(learner, manager))
+
+
+def check_data(options: argparse.Namespace) -> bool:
+    """Print what is right and wrong with a data set; whether it can be used."""
+    from tqdm import tqdm
+
+    from data.inspection import inspect
+    from data.layouts import Options
+    from data.splits import cache_root
+
+    given = one_off_keys(options.set, "--check-data", {"split", "data_root", "cache_root", "strict_data"})
+    choices = Options(
+        split=str(given.get("split", "folder")),
+        strict=options.strict or given.get("strict_data") is True,
+        download=False,
+        cache=cache_root(given.get("cache_root")),
+    )
+    bar = {"desc": options.check_data, "unit": "img", "disable": None}
+    root = options.data_root or given.get("data_root")
+    found = inspect(options.check_data, root, choices, lambda images, total: tqdm(images, total=total, **bar))
+    print(found.text)
+    return found.usable
+
+
+def check_weights(options: argparse.Namespace) -> None:
+    """Print how a weight file fits a backbone, and the fingerprint of what the two compute together."""
+    from convs.fingerprint import check_file
+    from utils.errors import ConfigError
+
+    given = one_off_keys(options.set, "--check-weights", {"backbone", "image_size"})
+    if "backbone" not in given:
+        raise ConfigError("--check-weights", ["name the backbone as well, like --set backbone=vit_base_patch16_224"])
+    print(check_file(given["backbone"], options.check_weights, given.get("image_size")))
+
+
+def one_off_keys(assignments: list[str], command: str, known: set[str]) -> dict[str, Any]:
+    """The values of --set, for a command that knows only a few keys."""
+    from utils.config import parse_set
+    from utils.errors import ConfigError, did_you_mean
+
+    given = parse_set(assignments)
+    if faults := [f'"{key}" has no meaning here{did_you_mean(key, known)}' for key in given if key not in known]:
+        raise ConfigError(command, [*faults, f"known: {', '.join(sorted(known))}"])
+    return given
 
 
 def result_folder(config: Path, output: Path | None, alone: bool) -> Path:

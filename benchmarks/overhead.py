@@ -2,8 +2,8 @@
 
     python -m benchmarks.overhead --threads 2
 
-Prints, for the small ViT and for ViT-B/16 at 224 px, the median over rounds of (fit's epoch) / (bare epoch); the two alternate, so
-that a drifting machine slows both.
+Prints, for the small ViT and for ViT-B/16 at 224 px, the median over rounds of (fit's epoch) / (bare epoch); the two
+alternate, so that a drifting machine slows both.
 """
 
 import argparse

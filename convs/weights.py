@@ -2,9 +2,11 @@
 
 Kinds: Google's AugReg archives (.npz, Flax layout), .pth / .pt / .bin (torch, loaded without executing pickled code),
 .safetensors. State dicts may be nested ("model", "state_dict", ...) and prefixed ("module.base_encoder.", ...), as
-MoCo v3, DINO and iBOT publish them; head entries are dropped.
+MoCo v3, DINO and iBOT publish them; head entries are dropped. Of two networks in one file the one that its authors
+evaluate is taken: base_encoder before momentum_encoder, teacher before student.
 """
 
+import argparse
 import hashlib
 import pickle
 import re
@@ -82,7 +84,9 @@ def read_state(path: Path) -> dict[str, Tensor]:
             from safetensors.torch import load_file
 
             return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        # Whole DINO and iBOT checkpoints hold their command line: a Namespace is a bag of plain values, no code.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise WeightsError(
             f"weights '{path}' hold more than tensors and plain values, and loading them could run foreign code: "
@@ -111,7 +115,7 @@ def from_flax(arrays: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
     query/key/value kernels (D, H, d) -> (D, H d) transposed; out kernel (H, d, D) -> (H d, D) transposed;
     convolution kernels HWIO -> OIHW.
     """
-    known = {key: torch.from_numpy(np.asarray(value)) for key, value in arrays.items()}
+    known = {_FLAX_WRAPPER.sub("", key): torch.from_numpy(np.asarray(value)) for key, value in arrays.items()}
     if "embedding/kernel" not in known:
         return known
     state = {
@@ -126,6 +130,9 @@ def from_flax(arrays: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
     for block in range(depth):
         state |= _flax_block(known, f"Transformer/encoderblock_{block}/", f"blocks.{block}.")
     return state
+
+
+_FLAX_WRAPPER = re.compile(r"^(opt/target/|params/)")  # of archives that hold the optimiser as well
 
 
 def _flax_block(known: Mapping[str, Tensor], source: str, target: str) -> dict[str, Tensor]:

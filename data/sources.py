@@ -1,176 +1,120 @@
 """Data sets by name. A source is a function from `data_root` to `ImageData`; registering it is all it takes."""
 
 import hashlib
+import logging
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from data import domains, official  # noqa: F401 - importing them registers their layouts
+from data.checks import Findings, check_counts
 from data.glyphs import DOMAINS, pretraining_split, stream_split
+from data.images import IMAGE_SUFFIXES
+from data.layouts import LAYOUTS, Options, class_folders, find_place
+from data.npz import load_npz
+from data.records import ImageData, Split
+from data.splits import split_hash
+from data.table import ROWS, Row, Variant
 from utils.errors import DataError
 from utils.registry import Registry
 
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".ppm", ".tif", ".tiff"})
-
-
-@dataclass(frozen=True)
-class Split:
-    """Half of a data set. images: uint8 (N, H, W, 3), or N paths that are decoded when read.
-
-    labels (N,): original labels, 0..C-1. domains (N,): which domain each image belongs to, or None.
-    """
-
-    images: np.ndarray | Sequence[Path]
-    labels: np.ndarray
-    domains: np.ndarray | None = None
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-
-@dataclass(frozen=True)
-class ImageData:
-    """A whole data set. domain_names is empty unless the data set is a domain-incremental stream."""
-
-    name: str
-    train: Split
-    test: Split
-    class_names: tuple[str, ...]
-    domain_names: tuple[str, ...] = ()
-    variant: str = ""
-    digest: str = field(default="", compare=False)
-
-    @property
-    def num_classes(self) -> int:
-        return len(self.class_names)
-
+log = logging.getLogger(__name__)
 
 Source = Callable[[Path], ImageData]
 SOURCES: Registry[Source] = Registry("data set")
 
 
 def default_root(data_root: str | None) -> Path:
-    """Where data sets lie: the key, then $PALIMPSEST_DATA, then ~/.cache/palimpsest/data."""
-    return Path(data_root or os.environ.get("PALIMPSEST_DATA") or "~/.cache/palimpsest/data").expanduser()
+    """Where data sets lie: the key, then $PALIMPSEST_DATA, then ~/.cache/palimpsest/data.
 
-
-def load(name: str, data_root: str | None) -> ImageData:
-    """The data set called `name`, `npz:FILE` or `folder:DIR`.
-
-    Raises UserError for an unknown name, DataError when the data are missing or damaged.
+    A blank at either end, easily pasted along, is dropped unless the folder is really called so.
     """
-    kind, colon, place = name.partition(":")
-    if colon and kind == "npz":
-        data = load_npz(Path(place).expanduser())
-    elif colon and kind == "folder":
-        data = load_folder(Path(place).expanduser())
-    else:
-        data = SOURCES[name](default_root(data_root))
+    text = data_root or os.environ.get("PALIMPSEST_DATA") or "~/.cache/palimpsest/data"
+    path = Path(text).expanduser()
+    return path if path.exists() else Path(text.strip()).expanduser()
+
+
+def load(name: str, data_root: str | None, options: Options | None = None) -> ImageData:
+    """The data set called `name`, `npz:FILE` or `folder:DIR`; its doubts are logged.
+
+    Raises UserError for an unknown name, DataError with every fault when the data are missing or damaged.
+    """
+    data, findings = read(name, data_root, options or Options())
+    findings.raise_errors()
+    for finding in findings.of("warning"):
+        log.warning("%s", finding.text)
+    if data is None:
+        raise DataError(f"{name}: nothing could be read")  # a reader that gives nothing says why; this is our mistake
     return replace(data, name=name, digest=_digest(data))
-
-
-def load_npz(path: Path) -> ImageData:
-    """x_train, x_test uint8 (N, H, W, 3); y_train, y_test whole numbers 0..C-1; optionally d_train, d_test
-    (domain of each image, 0..D-1), which make a domain-incremental stream."""
-    arrays = _read_npz(path)
-    faults = [fault for half in ("train", "test") for fault in _npz_faults(arrays, half)]
-    if not faults:
-        faults = _label_faults(arrays["y_train"], arrays["y_test"])
-    if not faults and ("d_train" in arrays) != ("d_test" in arrays):
-        faults = ["d_train and d_test: give both or neither"]
-    if faults:
-        raise DataError("\n".join([f"{path} is not usable as a data set:", *(f"  - {fault}" for fault in faults)]))
-    train, test = (
-        Split(arrays[f"x_{half}"], arrays[f"y_{half}"].astype(np.int64), arrays.get(f"d_{half}"))
-        for half in ("train", "test")
-    )
-    classes = int(arrays["y_train"].max()) + 1
-    domains = int(arrays["d_train"].max()) + 1 if "d_train" in arrays else 0
-    names = tuple(str(c) for c in range(classes))
-    return ImageData(str(path), train, test, names, tuple(f"domain {d}" for d in range(domains)))
 
 
 def load_folder(root: Path) -> ImageData:
     """train/<class>/*.jpg and test/<class>/*.jpg; classes in the order of their sorted folder names."""
-    if not root.is_dir():
-        raise DataError(f"folder '{root}' not found. Expected: train/<class>/ and test/<class>/ below it")
-    halves = {}
-    for half in ("train", "test"):
-        if not (root / half).is_dir():
-            found = ", ".join(sorted(p.name for p in root.iterdir())[:8]) or "nothing"
-            raise DataError(f"'{half}/' missing under '{root}'; found: {found}. Expected train/ and test/")
-        halves[half] = {p.name: _images_in(p) for p in sorted((root / half).iterdir()) if p.is_dir()}
-    only = {half: sorted(set(halves[half]) - set(halves[other])) for half, other in _PAIRS}
-    differing = [f"only in {half}: {', '.join(names[:5])}" for half, names in only.items() if names]
-    if differing:
-        raise DataError(f"class sets differ between train and test in '{root}': {'; '.join(differing)}")
-    empty = [f"{half}/{name}" for half in halves for name, paths in halves[half].items() if not paths]
-    if empty or not halves["train"]:
-        what = f"class folders without images: {', '.join(empty[:5])}" if empty else "no class folders in train/"
-        raise DataError(f"{what} in '{root}'. Add images ({', '.join(sorted(IMAGE_SUFFIXES))}) or remove the folders")
-    names = tuple(halves["train"])
-    return ImageData(str(root), _path_split(halves["train"], names), _path_split(halves["test"], names), names)
+    return load(f"folder:{root}", None)
 
 
-_PAIRS = (("train", "test"), ("test", "train"))
+def read(name: str, data_root: str | None, options: Options) -> tuple[ImageData | None, Findings]:
+    """(data set or None, everything found about it), raising nothing that a finding can say."""
+    findings = Findings(name, options.strict)
+    kind, colon, place = name.partition(":")
+    if name in ROWS:
+        return read_row(ROWS[name], default_root(data_root), options, findings), findings
+    if colon and kind == "folder":
+        row = replace(_OWN_FOLDER, key=name)
+        path = Path(place).expanduser()
+        if path.is_dir():
+            return _finished(class_folders(row, path, options, findings), row.variants[0]), findings
+        findings.error("D01", f"folder '{path}' not found. Expected: {row.expects} below it")
+        return None, findings
+    if options.split != "folder":
+        findings.error("D03", f'its split is fixed: split must be "folder", is "{options.split}"')
+        return None, findings
+    if colon and kind == "npz":
+        return load_npz(Path(place).expanduser()), findings
+    return SOURCES[name](default_root(data_root)), findings
 
 
-def _path_split(folders: dict[str, list[Path]], names: tuple[str, ...]) -> Split:
-    paths = [path for name in names for path in folders[name]]
-    labels = np.repeat(np.arange(len(names)), [len(folders[name]) for name in names])
-    return Split(paths, labels.astype(np.int64))
-
-
-def _images_in(folder: Path) -> list[Path]:
-    """Sorted image files below a folder; hidden files and other kinds are left out."""
-    files = (p for p in sorted(folder.rglob("*")) if not p.name.startswith("."))
-    return [p for p in files if p.suffix.lower() in IMAGE_SUFFIXES]
-
-
-def _read_npz(path: Path) -> dict[str, np.ndarray]:
+def read_row(row: Row, root: Path, options: Options, findings: Findings) -> ImageData | None:
+    """A data set of the table, from its folder below `root`."""
+    missing = Findings(row.key, options.strict)
+    place = find_place(row, root, missing)
+    if place is None and row.layout == "cifar" and options.download:
+        if (sentence := official.fetch_cifar(row, root)) is not None:
+            findings.error("D11", sentence)
+            return None
+        place = find_place(row, root, missing := Findings(row.key, options.strict))
+    findings.all += missing.all
+    if place is None:
+        return None
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            return {key: archive[key] for key in archive.files}
-    except FileNotFoundError:
-        raise DataError(f"no such file: {path}. Expected an npz with x_train, y_train, x_test, y_test") from None
-    except Exception as error:  # noqa: BLE001 - zipfile, zlib and numpy raise many types for a damaged archive
-        raise DataError(f"{path} cannot be read as npz ({type(error).__name__}: {error})") from None
+        data = LAYOUTS[row.layout].read(row, place, options, findings)
+    except OSError as error:
+        findings.error("D09", f"'{error.filename}' cannot be read ({error.strerror}). Check its permissions")
+        return None
+    if data is None or not len(data.train) or not len(data.test):
+        return None
+    variant = check_counts(row, len(data.train), len(data.test), findings)
+    return _finished(replace(data, natural_order=row.natural_order), variant)
 
 
-def _npz_faults(arrays: dict[str, np.ndarray], half: str) -> list[str]:
-    x, y, d = (arrays.get(f"{letter}_{half}") for letter in "xyd")
-    if x is None or y is None:
-        return [f"missing array {letter}_{half}" for letter, array in (("x", x), ("y", y)) if array is None]
-    faults = []
-    if x.dtype != np.uint8 or x.ndim != 4 or x.shape[-1] != 3:
-        faults.append(f"x_{half} must be uint8 [N, H, W, 3], is {x.dtype} {list(x.shape)}")
-    if not np.issubdtype(y.dtype, np.integer) or y.ndim != 1:
-        faults.append(f"y_{half} must be whole numbers [N], is {y.dtype} {list(y.shape)}")
-    if len(x) != len(y):
-        faults.append(f"x_{half} holds {len(x)} images but y_{half} {len(y)} labels")
-    if len(x) == 0:
-        faults.append(f"x_{half} holds no images")
-    if d is not None and (not np.issubdtype(d.dtype, np.integer) or d.shape != y.shape or d.min(initial=0) < 0):
-        faults.append(f"d_{half} must be whole numbers >= 0 [{len(y)}], is {d.dtype} {list(d.shape)}")
-    return faults
+def _finished(data: ImageData | None, variant: Variant | None = None) -> ImageData | None:
+    """With everything that tells one split from another in `variant`; of arrays, the digest does that."""
+    if data is None:
+        return None
+    parts = [variant.name if variant is not None else "unknown counts", data.variant]
+    if not isinstance(data.train.images, np.ndarray):
+        halves = {"train": _entries(data, data.train), "test": _entries(data, data.test)}
+        parts.append(f"split {split_hash(halves)[:12]}")
+    return replace(data, variant=", ".join(parts))
 
 
-def _label_faults(y_train: np.ndarray, y_test: np.ndarray) -> list[str]:
-    """Labels must be 0..C-1, each present in both halves."""
-    train, test = np.unique(y_train), np.unique(y_test)
-    if not np.array_equal(train, np.arange(len(train))):
-        return [f"y_train must hold every label 0..C-1, holds {_shorten(train)}"]
-    if not np.array_equal(train, test):
-        return [f"y_test holds the labels {_shorten(test)}, y_train {_shorten(train)}: they must be the same"]
-    return []
-
-
-def _shorten(labels: np.ndarray) -> str:
-    shown = ", ".join(str(label) for label in labels[:6])
-    return f"{shown}, ... ({len(labels)} in all)" if len(labels) > 6 else shown
+def _entries(data: ImageData, split: Split) -> Iterator[str]:
+    for label, path in zip(split.labels, split.images, strict=True):
+        assert isinstance(path, Path)
+        yield f"{data.class_names[label]}/{path.name}"
 
 
 def _digest(data: ImageData) -> str:
@@ -180,10 +124,45 @@ def _digest(data: ImageData) -> str:
         digest.update(np.ascontiguousarray(split.labels).tobytes())
         if isinstance(split.images, np.ndarray):
             digest.update(np.ascontiguousarray(split.images).tobytes())
-        else:
-            for path in split.images:
-                digest.update(f"{path.parent.name}/{path.name}:{path.stat().st_size}\n".encode())
+            continue
+        for path in split.images:
+            assert isinstance(path, Path)
+            digest.update(f"{path.parent.name}/{path.name}:{_size(path)}\n".encode(errors="surrogateescape"))
     return digest.hexdigest()
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError as error:
+        raise DataError(f"image '{path}' cannot be read ({error.strerror}). Replace or remove it") from None
+
+
+_OWN_FOLDER = Row(
+    key="folder",
+    title="a folder of your own",
+    classes=0,
+    layout="folders",
+    folders=(),
+    expects=f"train/<class>/ and test/<class>/ with images ({', '.join(sorted(IMAGE_SUFFIXES))})",
+    source="",
+    variants=(Variant("own", None, None),),
+)
+
+
+class _TableSource:
+    """A row of the table as a source with the default options; --list shows its docstring."""
+
+    def __init__(self, row: Row):
+        self._key = row.key
+        self.__doc__ = f"{row.title}: {row.classes} classes; {row.folders[0]}/"
+
+    def __call__(self, data_root: Path) -> ImageData:
+        return load(self._key, str(data_root))
+
+
+for _row in ROWS.values():
+    SOURCES.register(_row.key)(_TableSource(_row))
 
 
 @SOURCES.register("digits")
@@ -229,42 +208,3 @@ def glyphs_pretrain(_: Path) -> ImageData:
     """Characters that no stream uses: what the bundled small ViT was trained on."""
     (train, y_train), (test, y_test), names = pretraining_split()
     return ImageData("glyphs_pretrain", Split(train, y_train), Split(test, y_test), names)
-
-
-def _cifar(classes: int) -> Source:
-    def source(data_root: Path) -> ImageData:
-        from torchvision.datasets import CIFAR10, CIFAR100
-
-        cls = CIFAR10 if classes == 10 else CIFAR100
-        train, test = (_open_cifar(cls, data_root, half) for half in (True, False))
-        splits = _cifar_split(train), _cifar_split(test)
-        return ImageData(cls.__name__, *splits, tuple(train.classes))
-
-    return source
-
-
-def _cifar_split(half: Any) -> Split:
-    return Split(half.data, np.asarray(half.targets, dtype=np.int64))
-
-
-def _open_cifar(cls: Any, data_root: Path, train: bool) -> Any:
-    """torchvision's data set, downloaded when it is not there; a sentence when neither works."""
-    folder, archive = cls.base_folder, data_root / cls.filename
-    try:
-        return cls(str(data_root), train=train, download=not (data_root / folder).is_dir())
-    except Exception as error:  # noqa: BLE001 - url, tar, pickle and checksum faults come as many types
-        if (data_root / folder).is_dir():
-            what = f"'{data_root / folder}' is incomplete or damaged ({error}); delete it and run again"
-        elif archive.is_file():
-            what = f"'{archive}' is damaged ({error}); delete it and run again"
-        else:
-            what = f"'{data_root / folder}' not found and the download failed ({error})"
-        raise DataError(
-            f"{cls.__name__}: {what}. Without a network, place the unpacked folder '{folder}' under '{data_root}', "
-            "or point data_root (key, --set data_root=DIR, or $PALIMPSEST_DATA) at the folder that holds it"
-        ) from None
-
-
-SOURCES.register("cifar10")(_cifar(10))
-SOURCES.register("cifar100")(_cifar(100))
-SOURCES.register("cifar224")(_cifar(100))

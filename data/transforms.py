@@ -138,7 +138,7 @@ class Transform:
     def __init__(self, name: str, size: int):
         recipe = RECIPES[name]
         self.random = recipe.random
-        self.size = size
+        self.name, self.size = name, size
         self._steps = v2.Compose(steps) if (steps := recipe.steps(size)) else None
 
     def is_identity_on(self, images: np.ndarray) -> bool:

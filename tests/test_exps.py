@@ -11,10 +11,11 @@ from models.base import LEARNERS
 from utils.config import json_schema
 from utils.data_manager import DataManager
 from utils.factory import build_learner, load_config
+from utils.listing import experiment_tables, experiments
 from utils.runtime import Runtime
 
 ROOT = Path(__file__).resolve().parent.parent
-FILES = sorted(path for path in (ROOT / "exps").rglob("*.json") if path.parent.name != "schema")
+FILES = experiments(ROOT / "exps")
 BUNDLED = ("digits", "glyphs", "glyphs_domains")
 # As wide and deep as the largest rank and the highest block that an experiment asks for.
 TINY = {"name": "vit", "img_size": 32, "patch_size": 16, "embed_dim": 32, "depth": 5, "num_heads": 2}
@@ -57,4 +58,8 @@ def test_schema_accepts_the_file(path):
 @pytest.mark.parametrize("learner", list(LEARNERS))
 def test_written_schemas_are_up_to_date(learner):
     written = json.loads((ROOT / "exps" / "schema" / f"{learner}.json").read_text())
-    assert written == json_schema(LEARNERS[learner].Config, learner), "run `make schemas`"
+    assert written == json_schema(LEARNERS[learner].Config, learner), "run `make index`"
+
+
+def test_the_table_of_experiments_is_up_to_date():
+    assert (ROOT / "exps" / "README.md").read_text() == experiment_tables(ROOT / "exps"), "run `make index`"

@@ -133,13 +133,14 @@ def test_a_real_kill_9_inside_task_2(config, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_and_exits_with_3(number, config, tmp_path):
-    path = config(epochs=40)
+@pytest.mark.parametrize(("number", "workers"), [(signal.SIGTERM, 1), (signal.SIGINT, 0)])
+def test_a_signal_saves_and_exits_with_3(number, workers, config, tmp_path):
+    """To the whole process group, as a terminal or a cluster sends it: loader processes get it too."""
+    path = config(epochs=40, num_workers=workers)
     whole = run(path, tmp_path / "whole")
     process = start(path, tmp_path / "cut")
     wait_for_task_2(process, tmp_path / "cut")
-    process.send_signal(number)
+    os.killpg(process.pid, number)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 3, errors
     assert "--resume continues" in errors and "Traceback" not in errors
@@ -149,9 +150,8 @@ def test_a_signal_saves_and_exits_with_3(number, config, tmp_path):
 def start(config: Path, output: Path) -> subprocess.Popen:
     command = [sys.executable, "main.py", "--config", str(config), "--output", str(output)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    )
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True, **pipes)
 
 
 def wait_for_task_2(process: subprocess.Popen, output: Path) -> None:

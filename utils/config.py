@@ -33,7 +33,12 @@ RENAMED = {
 }
 
 # Keys that change where and how fast a run goes, not what it computes: a resumed run may change them.
-MACHINE_KEYS = frozenset({"device", "num_workers", "data_root", "checkpoint_minutes", "about", "seed"})
+MACHINE_KEYS = frozenset(
+    {
+        "device", "num_workers", "data_root", "cache", "cache_root", "strict_data", "checkpoint_minutes", "about",
+        "seed",
+    }
+)  # fmt: skip
 
 
 class RunConfig(BaseModel):
@@ -62,8 +67,29 @@ class RunConfig(BaseModel):
     data_root: str | None = Field(
         None, description="where data sets lie; default: $PALIMPSEST_DATA, then ~/.cache/palimpsest/data"
     )
+    split: str = Field(
+        "folder",
+        pattern=r"^(folder|seeded(:\d+)?|list:.+)$",
+        description='"folder": as the archive is split; "seeded" or "seeded:N": 80/20 per class, drawn once; '
+        '"list:FILE": JSON {"train", "test"} or a pair of text or YAML lists (imagenet100: a list of classes)',
+    )
+    strict_data: bool = Field(False, description="doubts about counts and checksums of the data are errors")
+    cache: Literal["none", "ram", "disk"] = Field(
+        "none", description="keep decoded images in memory, or in a memory map below cache_root"
+    )
+    cache_size: Count | None = Field(
+        None, description="cached images are reduced to this short side in pixels; default: kept as decoded"
+    )
+    cache_root: str | None = Field(
+        None, description="where derived files lie; default: $PALIMPSEST_CACHE, then ~/.cache/palimpsest"
+    )
     image_size: Count | None = Field(None, description="pixels a side; default: the input size of the backbone")
     train_transform: str = Field("none", description="recipe for training images; --list shows all")
+    augment_on: Literal["host", "device"] = Field(
+        "host",
+        description='"device": data sets in one array stay on the device and are cropped there, batch by batch: same '
+        "distribution, other random numbers",
+    )
     test_transform: str = Field("none", description="recipe for test images and statistics")
     normalize: Literal["none", "half", "imagenet", "cifar", "model"] = Field(
         "none",
@@ -117,6 +143,8 @@ class RunConfig(BaseModel):
                 "milestones",
                 f'has no effect with "scheduler": "{scheduler}": use "multistep" or drop the key',
             )
+        if given.get("cache_size") is not None and given.get("cache", "none") == "none":
+            yield "cache_size", 'has no effect with "cache": "none": choose "ram" or "disk", or drop the key'
         if given.get("shuffle") is False and given.get("class_order_seed") is not None:
             yield "class_order_seed", 'has no effect with "shuffle": false: drop one of the two'
 

@@ -4,22 +4,30 @@ Labels are remapped once: new label = position of the original class in the clas
 range [known_classes, total_classes).
 """
 
+import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch.utils.data import Dataset
 
 from data import sources
-from data.sources import ImageData, Split
+from data.batched import BATCHED, Resident, apply
+from data.image_cache import cached
+from data.images import read_image
+from data.layouts import Options
+from data.records import ImageData, Split
+from data.splits import cache_root
 from data.transforms import Transform, as_tensor
 from utils.config import RunConfig
-from utils.errors import ConfigError, DataError
-from utils.seed import mix
+from utils.errors import ConfigError
+from utils.seed import mix, mix_rows
+
+log = logging.getLogger(__name__)
 
 Mode = Literal["train", "test"]
 
@@ -56,8 +64,10 @@ class View(Dataset):
     """Images of one task under one transform. Fetching takes a `Batch` and gives
     (images uint8 (B, 3, s, s), labels int64 (B,))."""
 
-    def __init__(self, split: Split, rows: np.ndarray, labels: np.ndarray, transform: Transform):
-        self._split, self._rows, self._transform = split, rows, transform
+    def __init__(
+        self, split: Split, rows: np.ndarray, labels: np.ndarray, transform: Transform, resident: Resident | None = None
+    ):
+        self._split, self._rows, self._transform, self._resident = split, rows, transform, resident
         self.labels = labels  # (N,) new labels
         arrays = split.images if isinstance(split.images, np.ndarray) else None
         # The images themselves, when fetching is nothing but copying.
@@ -90,21 +100,29 @@ class View(Dataset):
         return read_image(image) if isinstance(image, Path) else image
 
     @property
+    def image_bytes(self) -> int:
+        """Of one image as a batch holds it."""
+        return 3 * self._transform.size**2
+
+    @property
+    def on_device(self) -> bool:
+        """Whether batches are made on the device, by `fetch_on`."""
+        return self._resident is not None
+
+    def fetch_on(self, batch: Batch, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `__getitems__`, from images that lie on the device."""
+        assert self._resident is not None
+        rows, labels = self._rows[batch.rows], torch.from_numpy(self.labels[batch.rows])
+        images = self._resident.on(device)[torch.from_numpy(rows).to(device, non_blocking=True)]
+        if self._plain is not None:
+            return images.permute(0, 3, 1, 2).contiguous(), labels
+        recipe, size = BATCHED[self._transform.name], self._transform.size
+        return apply(images, recipe, size, mix_rows(batch.seed, rows)), labels
+
+    @property
     def cheap(self) -> bool:
         """Whether a batch is a copy from memory, so that loader processes would only slow it down."""
         return self._plain is not None
-
-
-def read_image(path: Path) -> Image.Image:
-    """Decode to RGB, upright.
-
-    Raises DataError with the path when the file is not a readable image.
-    """
-    try:
-        with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except Exception as error:  # noqa: BLE001 - decoders raise many types for damaged files
-        raise DataError(f"image '{path}' cannot be read ({error}). Replace or remove it") from None
 
 
 @dataclass(frozen=True)
@@ -115,16 +133,17 @@ class TaskData:
     rows: np.ndarray
     labels: np.ndarray
     transforms: dict[Mode, Transform]
+    resident: Resident | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def first(self, count: int) -> "TaskData":
         """The first `count` images alone."""
-        return TaskData(self.split, self.rows[:count], self.labels[:count], self.transforms)
+        return replace(self, rows=self.rows[:count], labels=self.labels[:count])
 
     def view(self, mode: Mode) -> View:
-        return View(self.split, self.rows, self.labels, self.transforms[mode])
+        return View(self.split, self.rows, self.labels, self.transforms[mode], self.resident)
 
 
 @dataclass(frozen=True)
@@ -155,11 +174,16 @@ class DataManager(Sequence[Task]):
     """
 
     def __init__(self, config: RunConfig, image_size: int):
-        self.data: ImageData = sources.load(config.dataset, config.data_root)
+        folder = cache_root(config.cache_root)
+        options = Options(config.split, config.strict_data, cache=folder)
+        self.data: ImageData = sources.load(config.dataset, config.data_root, options)
         self.domain_incremental = bool(self.data.domain_names)
         faults = list(_protocol_faults(config, self.data))
         if faults:
             raise ConfigError(f"dataset {config.dataset}", faults)
+        if config.shuffle and self.data.natural_order:
+            log.warning('%s: published protocol uses natural order, "shuffle" is true', config.dataset)
+        self.data = cached(self.data, config.cache, config.cache_size, folder)
         classes = self.data.num_classes
         shuffle = config.shuffle and not self.domain_incremental
         self.class_order = class_order(classes, config.order_seed, shuffle)
@@ -171,7 +195,14 @@ class DataManager(Sequence[Task]):
         }
         to_new = label_map(self.class_order)
         self._splits: dict[Mode, Split] = {"train": self.data.train, "test": self.data.test}
+        self._residents = {
+            half: Resident(split.images)
+            for half, split in self._splits.items()
+            if config.augment_on == "device" and isinstance(split.images, np.ndarray)
+        }
         self._labels = {half: to_new[split.labels] for half, split in self._splits.items()}
+        shared = self.domain_incremental and self.data.test.domains is None
+        self._shared_test = self._rows_of("test", np.arange(len(self.data.test))) if shared else None
 
     def __len__(self) -> int:
         return len(self.data.domain_names) or len(self.task_sizes)
@@ -190,7 +221,7 @@ class DataManager(Sequence[Task]):
             classes=range(known, total),
             domain=self.data.domain_names[index] if self.domain_incremental else None,
             train=self._task_data("train", index, index),
-            test=self._task_data("test", index, index),
+            test=self._task_data("test", index, index) if self._shared_test is None else self._shared_test,
             train_so_far=self._task_data("train", 0, index),
         )
 
@@ -208,8 +239,11 @@ class DataManager(Sequence[Task]):
             chosen = (split.domains >= first) & (split.domains <= last)
         else:
             chosen = (labels >= self._bounds(first)[0]) & (labels < self._bounds(last)[1])
-        rows = np.flatnonzero(chosen)
-        return TaskData(split, rows, labels[rows], self._transforms)
+        return self._rows_of(half, np.flatnonzero(chosen))
+
+    def _rows_of(self, half: Mode, rows: np.ndarray) -> TaskData:
+        labels, resident = self._labels[half][rows], self._residents.get(half)
+        return TaskData(self._splits[half], rows, labels, self._transforms, resident)
 
 
 def training_batches(
@@ -247,6 +281,12 @@ def _sizes(config: RunConfig, classes: int) -> list[int]:
 def _protocol_faults(config: RunConfig, data: ImageData):
     """Sentences for protocol keys that do not fit the data set."""
     classes, name = data.num_classes, data.name
+    if config.augment_on == "device":
+        if not isinstance(data.train.images, np.ndarray):
+            yield f'"augment_on" must be "host" for {name}: its images are files of many sizes, not one array'
+        for key in ("train_transform", "test_transform"):
+            if getattr(config, key) not in BATCHED:
+                yield f'"{key}": {getattr(config, key)} has no form for "augment_on": "device"; choose "host"'
     if data.domain_names:
         for key in ("init_cls", "increment", "task_sizes"):
             if getattr(config, key) is not None:

@@ -4,7 +4,8 @@ import os
 import resource
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -66,7 +67,13 @@ class Runtime:
         """Loader processes; cheap: batches are copies from memory, which no process speeds up."""
         if self._num_workers is not None:
             return self._num_workers
-        return 0 if cheap else min(8, os.cpu_count() or 1)
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # processes that share this machine's cores
+        return 0 if cheap or os.name == "nt" else max(1, min(8, available_cpus() // local))
+
+    def prefetch(self, batch_bytes: int, workers: int) -> int:
+        """Batches that each loader process keeps ready: 4, fewer where they would fill a sixteenth of the memory."""
+        free = available_memory()
+        return 4 if free is None else max(1, min(4, free // 16 // max(1, batch_bytes * workers)))
 
     @contextmanager
     def autocast(self) -> Iterator[None]:
@@ -141,6 +148,25 @@ class Runtime:
             "torchvision": torchvision.__version__,
             "timm": timm.__version__,
         }
+
+
+def available_cpus() -> int:
+    """Cores that this process may use; a scheduler often grants fewer than the machine has."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return max(1, len(affinity(0)) if affinity is not None else os.cpu_count() or 1)
+
+
+def available_memory() -> int | None:
+    """Bytes that this process can still take, by the machine and by its control group; None where nobody says."""
+    found = []
+    with suppress(OSError, StopIteration):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        found.append(next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")))
+    group = Path("/sys/fs/cgroup")
+    with suppress(OSError, ValueError):
+        limit, used = ((group / name).read_text() for name in ("memory.max", "memory.current"))
+        found.append(int(limit) - int(used))
+    return min(found, default=None)
 
 
 def _find_device(name: str) -> torch.device:

@@ -24,10 +24,22 @@ def mix(*numbers: int) -> int:
     """A 63-bit seed from any whole numbers; another order gives another seed (splitmix64 steps)."""
     state = 0x9E3779B97F4A7C15
     for number in numbers:
-        state = (state ^ (number & _MASK)) * 0xBF58476D1CE4E5B9 & _MASK
-        state = (state ^ state >> 27) * 0x94D049BB133111EB & _MASK
-        state ^= state >> 31
+        state = _step(state, number)
     return state >> 1
+
+
+def _step(state: int, number: int) -> int:
+    state = (state ^ (number & _MASK)) * 0xBF58476D1CE4E5B9 & _MASK
+    state = (state ^ state >> 27) * 0x94D049BB133111EB & _MASK
+    return state ^ state >> 31
+
+
+def mix_rows(seed: int, rows: np.ndarray) -> np.ndarray:
+    """(B,) uint64: mix(seed, row) of each row, at once."""
+    state = np.uint64(_step(0x9E3779B97F4A7C15, seed))
+    states = (state ^ rows.astype(np.uint64)) * np.uint64(0xBF58476D1CE4E5B9)
+    states = (states ^ states >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
+    return (states ^ states >> np.uint64(31)) >> np.uint64(1)
 
 
 def rng_state() -> dict[str, Any]:

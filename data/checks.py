@@ -1,0 +1,163 @@
+"""What is wrong with a data set, found all at once: codes D01 .. D20 and the sentences that go with them.
+
+Readers add findings as they go; the functions here judge what was read. Every sentence names the data set, what
+was expected, what was found, and a step that repairs it.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from data.table import Row, Variant
+from utils.errors import DataError
+
+Level = Literal["error", "warning", "note"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """code: "D01" .. "D20".  note: nothing to do; warning: the numbers may not be comparable; error: unusable."""
+
+    code: str
+    level: Level
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.code} {self.level}: {self.text}"
+
+
+class Findings:
+    """What was found about one data set. strict: doubts about counts and checksums are errors."""
+
+    def __init__(self, name: str, strict: bool = False):
+        self.name, self.strict = name, strict
+        self.all: list[Finding] = []
+
+    def error(self, code: str, text: str) -> None:
+        self.all.append(Finding(code, "error", f"{self.name}: {text}"))
+
+    def warn(self, code: str, text: str) -> None:
+        self.all.append(Finding(code, "warning", f"{self.name}: {text}"))
+
+    def doubt(self, code: str, text: str) -> None:
+        """A warning, or an error with strict_data."""
+        (self.error if self.strict else self.warn)(code, text)
+
+    def note(self, code: str, text: str) -> None:
+        self.all.append(Finding(code, "note", f"{self.name}: {text}"))
+
+    def of(self, *levels: Level) -> list[Finding]:
+        return [finding for finding in self.all if finding.level in levels]
+
+    def raise_errors(self) -> None:
+        """Raises DataError with every error, one a line."""
+        if errors := self.of("error"):
+            raise DataError("\n".join(str(finding) for finding in errors))
+
+
+def some(names: Iterable[object], count: int = 5) -> str:
+    """At most five names: "a, b, c" or "a, b, c, d, e and 7 more"."""
+    listed = [str(name) for name in names]
+    return ", ".join(listed[:count]) + (f" and {len(listed) - count} more" if len(listed) > count else "")
+
+
+def found_in(place: Path) -> str:
+    """The visible entries of a folder, for "found: ..."."""
+    return some(sorted(path.name for path in place.iterdir() if not path.name.startswith(".")), 8) or "nothing"
+
+
+def check_class_folders(
+    row: Row, folders: Mapping[str, Mapping[str, Sequence[Path]]], names: Mapping[str, str], hidden: Sequence[str],
+    findings: Findings,
+) -> None:  # fmt: skip
+    """D05, D06: number and names of the class folders.
+
+    folders: half -> class name -> images.  names: half -> what its folder is called.  hidden: hidden folders.
+    """
+    import re
+
+    known = {str(c) for c in range(row.classes)} if row.numeric else set().union(*folders.values())
+    for half, classes in folders.items():
+        if row.classes and len(classes) != row.classes:
+            foreign = [name for name in classes if row.class_pattern and not re.fullmatch(row.class_pattern, name)]
+            foreign += [name for name in classes if row.numeric and name not in known]
+            extra = sorted({*foreign, *(hidden if len(classes) < row.classes else ())})
+            missing = sorted(known - set(classes) - set(foreign))
+            text = f"expected {row.classes} class folders in {names[half]}/, found {len(classes)}"
+            text += f"; missing: {some(missing)}" if missing else ""
+            text += f"; extra: {some(extra)}" if extra else ""
+            findings.error("D05", f"{text}. Unpack the archive again, or remove what does not belong there")
+    train, test = (set(folders[half]) for half in ("train", "test"))
+    if train != test:
+        sides = [
+            f"only in {names[half]}: {some(sorted(only))}"
+            for half, only in (("train", train - test), ("test", test - train))
+            if only
+        ]
+        findings.error(
+            "D06",
+            f"class sets differ between {names['train']} and {names['test']}: {'; '.join(sides)}. Labels would "
+            "disagree: give both halves the same class folders",
+        )
+
+
+def check_classes(train: np.ndarray, test: np.ndarray, names: Sequence[str], findings: Findings) -> None:
+    """D08: classes without enough images. train, test (N,): labels of the halves."""
+    for half, labels, least in (("train", train, 2), ("test", test, 1)):
+        counts = np.bincount(labels, minlength=len(names))
+        poor = [f"{half}/{names[int(label)]}" for label in np.flatnonzero(counts < least)]
+        if poor:
+            need = "no images" if least == 1 else "fewer than 2 images (a covariance needs 2)"
+            findings.error(
+                "D08",
+                f"{len(poor)} {_plural('class', len(poor))} with {need}: {some(poor)}. "
+                "Unpack the archive again, or remove the folders of these classes from both halves",
+            )
+
+
+def _plural(word: str, count: int) -> str:
+    return word if count == 1 else word + "es"
+
+
+def check_counts(row: Row, train: int, test: int, findings: Findings) -> Variant | None:
+    """D07, D16: numbers of images against the known variants; the variant that they are of, or None."""
+    expected = row.variants[0]
+    variant = next((known for known in row.variants if known.matches(train, test)), None)
+    found = f"{train:,}/{test:,}"
+    if variant is expected:
+        return variant
+    if variant is not None:
+        findings.warn(
+            "D07",
+            f"{found} = variant '{variant.name}', not '{expected.name}' ({expected.counts()}): numbers of the two are "
+            f"not comparable; see {row.manual}",
+        )
+        return variant
+    if row.key == "cars" and expected.matches(test, train):
+        findings.doubt(
+            "D16", f"halves look swapped ({found}; official {expected.counts()}). Swap the two folders, or the list"
+        )
+        return None
+    sentence = f"expected {expected.counts()} training/test images, found {found}"
+    if others := [f"{other.counts()} ({other.name})" for other in row.variants[1:]]:
+        sentence += f"; also known: {', '.join(others)}"
+    pairs = zip((expected.train, expected.test), (train, test), expected.sure, strict=True)
+    unsure = all(sure == "?" for want, got, sure in pairs if want not in (None, got))
+    if unsure:
+        findings.warn("D07", f"{sentence}. The expected number is commonly quoted, not verified: count your archive")
+    else:
+        findings.doubt("D07", f"{sentence}. Unpack the archive again, or name the variant when you report numbers")
+    return None
+
+
+def check_domains(
+    labels: np.ndarray, domains: np.ndarray, names: Sequence[str], classes: Sequence[str], findings: Findings
+) -> None:
+    """D20: a class that a domain lacks. labels, domains (N,) of the training half."""
+    for domain, name in enumerate(names):
+        present = np.bincount(labels[domains == domain], minlength=len(classes))
+        if lacking := [classes[int(label)] for label in np.flatnonzero(present == 0)]:
+            findings.warn("D20", f"domain {name} has no training images of {len(lacking)} classes: {some(lacking)}")
