@@ -195,6 +195,17 @@ class CosineHead(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
+def combine_heads(logits: Tensor, classes: int, how: Literal["max", "mean", "sum_softmax"]) -> Tensor:
+    """Where every head scores every class (one head per domain): (B, heads * classes) -> (B, classes).
+
+    max, mean: over the heads; sum_softmax: log of the summed probabilities.
+    """
+    votes = logits.unflatten(1, (-1, classes))  # (B, heads, classes)
+    if how == "sum_softmax":
+        return votes.log_softmax(dim=2).logsumexp(dim=1)
+    return votes.amax(dim=1) if how == "max" else votes.mean(dim=1)
+
+
 Head = LinearHead | TaskHeads | CosineHead
 
 # The heads that a config can choose by name: feature width -> head.

@@ -29,7 +29,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from convs.backbones import renew_final_norm
 from convs.branches import InputMoments, add_branches
-from convs.heads import TaskHeads
+from convs.heads import TaskHeads, combine_heads
 from models.base import LEARNERS, Learner, MakeBackbone
 from models.parts.alignment import Alignment, align, mean_decay, upstream_tasks
 from models.parts.gaussians import ClassGaussians
@@ -203,10 +203,7 @@ class InfLoRA(Learner):
         """(B, outputs of all heads) -> (B, C): every class has one score, or one from each domain's head."""
         if self.task.domain is None:
             return logits
-        votes = logits.unflatten(1, (-1, self.task.total_classes))  # (B, domains, C)
-        if self.config.domain_reduce == "sum_softmax":
-            return votes.log_softmax(dim=2).logsumexp(dim=1)
-        return votes.amax(dim=1) if self.config.domain_reduce == "max" else votes.mean(dim=1)
+        return combine_heads(logits, self.task.total_classes, self.config.domain_reduce)
 
     def input_moments(self, task: Task) -> Tensor:
         """C (L, D, D) of the task's training images, as the network is now."""

@@ -25,7 +25,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from convs.backbones import renew_final_norm
-from convs.heads import TaskHeads
+from convs.heads import TaskHeads, combine_heads
 from convs.lora import add_lora, lora_layers
 from models.base import LEARNERS, Learner, MakeBackbone
 from models.parts.alignment import Alignment, align, mean_decay, upstream_tasks
@@ -210,12 +210,7 @@ class SLCA(Learner):
         """(B, outputs of all heads) -> (B, classes)."""
         if not self._one_head_per_domain(self.task):
             return logits
-        heads = logits.unflatten(1, (-1, self.task.total_classes))  # (B, domains, classes)
-        if self.config.domain_reduce == "max":
-            return heads.amax(dim=1)
-        if self.config.domain_reduce == "mean":
-            return heads.mean(dim=1)
-        return heads.log_softmax(dim=2).logsumexp(dim=1)
+        return combine_heads(logits, self.task.total_classes, self.config.domain_reduce)
 
     def _one_head_per_domain(self, task: Task) -> bool:
         return task.domain is not None and self.config.domain_head == "per_domain"

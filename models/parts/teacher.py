@@ -21,7 +21,7 @@ class Teacher:
 
     def update(self) -> None:
         """Become the network as it is now."""
-        self.network = copy.deepcopy(self._like()).eval().requires_grad_(False)
+        self.network = self._copy()
 
     def __bool__(self) -> bool:
         """Whether there is a teacher yet: not in the first task."""
@@ -36,7 +36,9 @@ class Teacher:
         return {} if self.network is None else self.network.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.network = None
-        if state:
-            self.update()
-            self.network.load_state_dict(state)  # type: ignore[union-attr]
+        self.network = self._copy() if state else None
+        if self.network is not None:
+            self.network.load_state_dict(state)
+
+    def _copy(self) -> nn.Module:
+        return copy.deepcopy(self._like()).eval().requires_grad_(False)
