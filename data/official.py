@@ -229,8 +229,8 @@ def fetch_cifar(row: Row, root: Path) -> str | None:
     except Exception as error:  # noqa: BLE001 - url, tar, pickle and checksum faults come as many types
         what = f"'{archive}' cannot be unpacked" if had_archive else "not found, and the download failed"
         return (
-            f"{what} ({error}). Without a network, place the unpacked folder {official.base_folder} under '{root}', or "
-            "point data_root (key, --data-root DIR, or PALIMPSEST_DATA) at the folder that holds it"
+            f"{what} ({error}). Without a network, place the unpacked folder {official.base_folder} under '{root}', "
+            "or point data_root (key, --data-root DIR, or PALIMPSEST_DATA) at the folder that holds it"
         )
     return None
 

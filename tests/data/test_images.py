@@ -119,3 +119,11 @@ def test_a_broken_link_is_named_before_anything_is_built(tmp_path):
     (tmp_path / "mine" / "train" / "a" / "gone.jpg").symlink_to("nowhere")
     with pytest.raises(DataError, match="gone.jpg' cannot be read"):
         load(f"folder:{tmp_path / 'mine'}", None, Options())
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "WEBP"])
+def test_a_picture_that_lies_on_its_side_is_turned_upright(tmp_path, kind):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (12, 8)).save(tmp_path / "a.img", kind, exif=exif)
+    assert read_image(tmp_path / "a.img").size == (8, 12)

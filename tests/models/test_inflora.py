@@ -11,6 +11,7 @@ import torch
 import models.inflora as inflora
 import models.parts.loop as loop
 import trainer
+from benchmarks.inflora_interference import Silent, learn
 from models.inflora import lagging_cosine
 from models.parts.loop import evaluate, fit
 from tests.conftest import build_tiny, reference, tiny_values, write_stream
@@ -20,19 +21,6 @@ from utils.factory import config_from
 from utils.runtime import Runtime
 
 QUICK = {"rank": 4, "epochs": 3}
-
-
-class Silent:
-    def epoch_started(self, batches, done): ...
-    def step_done(self, state): ...
-    def epoch_done(self, state, numbers): ...
-
-
-def learn(learner, task):
-    learner.task = task
-    learner.before_task(task)
-    fit(learner, task, Silent())
-    learner.after_task(task)
 
 
 class Given:

@@ -1,5 +1,6 @@
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -157,3 +158,16 @@ def test_evaluation_counts_by_the_true_task(tmp_path):
     learner.before_task(manager[0])
     learner.predict = lambda images: torch.tensor([0.0, 1.0]).expand(len(images), 2)
     assert evaluate(learner, manager[:1]).tolist() == [[4.0], [4.0]]  # all of class 1, none of class 0
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_a_compiled_network_trains_to_the_same_weights(tmp_path):
+    weights = []
+    for compiled in (False, True):
+        task, learner = first_task(tmp_path, optimizer="sgd", lrate=0.02, epochs=1)
+        learner.runtime._compile = compiled
+        fit(learner, task, Silent())
+        weights.append([p.detach().clone() for p in learner.network.parameters()])
+    for plain, compiled in zip(*weights, strict=True):
+        torch.testing.assert_close(compiled, plain, atol=1e-5, rtol=1e-4)

@@ -1,0 +1,40 @@
+"""On a CUDA device: every learner runs, in bf16 and fp32, resumes, and agrees with the CPU."""
+
+import json
+
+import pytest
+import torch
+
+import main
+from models.base import LEARNERS
+from tests.conftest import tiny_values
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+
+
+def run(tmp_path, name: str, *arguments: str, **keys) -> dict:
+    path = tmp_path / "run.json"
+    path.write_text(json.dumps(tiny_values(tmp_path, **keys)))
+    assert main.main(["--config", str(path), "--output", str(tmp_path / name), *arguments]) == 0
+    return json.loads((tmp_path / name / "seed1993" / "result.json").read_text())
+
+
+@pytest.mark.parametrize("learner", list(LEARNERS))
+@pytest.mark.parametrize("precision", ["auto", "fp32"])
+def test_every_learner_runs(learner, precision, tmp_path):
+    result = run(tmp_path, "out", model_name=learner, device="cuda", precision=precision)
+    assert result["environment"]["precision"] == ("bf16" if precision == "auto" else "fp32")
+    assert result["last_acc_task_il"] > 50 and result["peak_memory_mib"] > 0
+
+
+@pytest.mark.parametrize("learner", list(LEARNERS))
+def test_a_finished_run_is_skipped_and_an_unfinished_one_goes_on(learner, tmp_path):
+    run(tmp_path, "out", model_name=learner, device="cuda")
+    assert run(tmp_path, "out", "--resume", model_name=learner, device="cuda")["finished"]
+
+
+def test_fp32_agrees_with_the_cpu(tmp_path):
+    keys = {"optimizer": "sgd", "lrate": 0.02, "precision": "fp32"}
+    torch.backends.cuda.matmul.allow_tf32 = False
+    cpu, cuda = (run(tmp_path, device, device=device, **keys) for device in ("cpu", "cuda"))
+    assert abs(cpu["last_acc"] - cuda["last_acc"]) <= 100 / 24 + 1e-9, "at most one of 24 images"
