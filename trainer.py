@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from convs.backbones import input_size
 from models.base import LEARNERS, Learner
-from models.parts.loop import Fit, evaluate, fit
+from models.parts.loop import Fit, Observer, evaluate, fit
 from utils import checkpoint
 from utils.config import RunConfig
 from utils.data_manager import DataManager, Task
@@ -236,7 +236,7 @@ class SeedRun:
         return state["epoch_lines"]
 
 
-class Progress:
+class Progress(Observer):
     """Watches `fit`: bar, epoch line, epochs.jsonl, checkpoints by the clock, stopping on a signal."""
 
     AGREE_EVERY = 20  # steps between agreements of several processes on saving and stopping

@@ -25,20 +25,10 @@ from utils.factory import load_config
 from utils.runtime import Runtime
 
 
-class Silent:
-    """Watches `fit` and does nothing."""
-
-    def epoch_started(self, batches: int, done: int) -> None: ...
-
-    def step_done(self, fit_state: object) -> None: ...
-
-    def epoch_done(self, fit_state: object, numbers: dict[str, float]) -> None: ...
-
-
 def learn(learner: Learner, task: Task) -> None:
     learner.task = task
     learner.before_task(task)
-    fit(learner, task, Silent())
+    fit(learner, task)
     learner.after_task(task)
 
 

@@ -29,16 +29,6 @@ CASES = {
 }
 
 
-class Silent:
-    """Watches `fit` and does nothing."""
-
-    def epoch_started(self, batches: int, done: int) -> None: ...
-
-    def step_done(self, state: object) -> None: ...
-
-    def epoch_done(self, state: object, numbers: dict[str, float]) -> None: ...
-
-
 def setup(case: str, folder: Path, device: str):
     backbone, size, batch, cpu_images, cuda_images = CASES[case]
     images = cpu_images if device == "cpu" else cuda_images
@@ -92,7 +82,7 @@ def main() -> None:
             # Which goes first alternates too: the second finds warmer caches.
             for name in ("bare", "fit") if turn % 2 else ("fit", "bare"):
                 started = time.perf_counter()
-                bare_epoch(learner, task) if name == "bare" else fit(learner, task, Silent())
+                bare_epoch(learner, task) if name == "bare" else fit(learner, task)
                 seconds[name].append(time.perf_counter() - started)
         pairs = [mine / bare for mine, bare in zip(seconds["fit"][1:], seconds["bare"][1:], strict=True)]
         print(

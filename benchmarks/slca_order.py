@@ -23,14 +23,6 @@ from utils.runtime import Runtime
 ROWS = ("Seq FT", "+ SL", "+ SL + CA")
 
 
-class Silent:
-    """Watches `fit` and does nothing."""
-
-    def epoch_started(self, batches, done): ...
-    def step_done(self, state): ...
-    def epoch_done(self, state, numbers): ...
-
-
 def curves(path: Path, seed: int, runtime: Runtime) -> tuple[np.ndarray, np.ndarray]:
     """Pooled accuracy after each task, evaluated before `after_task` and after it: two arrays (T,)."""
     manager, learner = prepare(load_config(str(path)).with_seed(seed), runtime)
@@ -38,7 +30,7 @@ def curves(path: Path, seed: int, runtime: Runtime) -> tuple[np.ndarray, np.ndar
     for task in manager:
         learner.task = task
         learner.before_task(task)
-        fit(learner, task, Silent())
+        fit(learner, task)
         seen: list[Task] = manager[: task.index + 1]
         correct[0, task.index, : task.index + 1] = evaluate(learner, seen)[0]
         learner.after_task(task)

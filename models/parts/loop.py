@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -21,14 +21,17 @@ if TYPE_CHECKING:  # a part imports no learner; `fit` receives one
     from models.base import Learner
 
 
-class Observer(Protocol):
-    """Who watches `fit`: prints, logs, saves and may stop it (by raising Interrupted)."""
+class Observer:
+    """Who watches `fit`: a subclass prints, logs, saves and may stop it (by raising Interrupted); this one looks on."""
 
-    def epoch_started(self, batches: int, done: int) -> None: ...
+    def epoch_started(self, batches: int, done: int) -> None:
+        """An epoch of so many batches begins, or goes on after `done` of them."""
 
-    def step_done(self, fit: "Fit") -> None: ...
+    def step_done(self, fit: "Fit") -> None:
+        """After each batch: nothing here may read from the device."""
 
-    def epoch_done(self, fit: "Fit", numbers: dict[str, float]) -> None: ...
+    def epoch_done(self, fit: "Fit", numbers: dict[str, float]) -> None:
+        """numbers: loss, lr, images_per_second, seconds, and what the learner's `after_epoch` adds."""
 
 
 @dataclass
@@ -60,7 +63,7 @@ class Fit:
             setattr(self, name, state[name])
 
 
-def fit(learner: "Learner", task: Task, observer: Observer, resume: dict[str, Any] | None = None) -> None:
+def fit(learner: "Learner", task: Task, observer: Observer | None = None, resume: dict[str, Any] | None = None) -> None:
     """Train `learner` on the task. resume: the state of an interrupted `Fit`; the result is then the same as without
     the interruption.
 
@@ -69,7 +72,7 @@ def fit(learner: "Learner", task: Task, observer: Observer, resume: dict[str, An
     epochs = learner.epochs(task)
     if epochs == 0:
         return
-    runtime, view = learner.runtime, learner.train_data(task)
+    runtime, view, observer = learner.runtime, learner.train_data(task), observer or Observer()
     net = runtime.wrap(learner.network)
     optimizer, scheduler = learner.make_optimizer(epochs)
     state = Fit(optimizer, scheduler, epochs, torch.zeros((), device=runtime.device))

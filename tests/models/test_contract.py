@@ -15,18 +15,10 @@ STREAMS = {
 }
 
 
-class Silent:
-    """Watches `fit` and does nothing."""
-
-    def epoch_started(self, batches, done): ...
-    def step_done(self, state): ...
-    def epoch_done(self, state, numbers): ...
-
-
 def learn(learner, task):
     learner.task = task
     learner.before_task(task)
-    fit(learner, task, Silent())
+    fit(learner, task)
     learner.after_task(task)
 
 
@@ -43,7 +35,7 @@ def test_learns_and_counts_every_test_image_once(stream):
         learner.task = task
         learner.before_task(task)
         assert evaluate(learner, manager[: task.index + 1]).shape == (2, task.index + 1)  # before any training
-        fit(learner, task, Silent())
+        fit(learner, task)
         learner.after_task(task)
         correct = evaluate(learner, manager[: task.index + 1])
         sizes = [len(seen.test) for seen in manager[: task.index + 1]]
@@ -89,7 +81,7 @@ def test_only_what_is_in_param_groups_changes_in_training(stream):
         learner.before_task(task)
         before = {name: value.detach().clone() for name, value in learner.named_parameters()}
         trained = {id(p) for group in learner.param_groups() for p in group["params"]}
-        fit(learner, task, Silent())
+        fit(learner, task)
         for name, parameter in learner.named_parameters():
             if id(parameter) not in trained:
                 assert torch.equal(parameter, before[name]), f"{name} is in no group, yet it changed"

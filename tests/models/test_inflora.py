@@ -11,7 +11,7 @@ import torch
 import models.inflora as inflora
 import models.parts.loop as loop
 import trainer
-from benchmarks.inflora_interference import Silent, learn
+from benchmarks.inflora_interference import learn
 from models.inflora import lagging_cosine
 from models.parts.loop import evaluate, fit
 from tests.conftest import build_tiny, reference, tiny_values, write_stream
@@ -147,7 +147,7 @@ def test_whole_tasks(name, tmp_path, monkeypatch):
             head.bias.copy_(torch.from_numpy(ref[f"init/classifier_pool.{t}.bias"]))
         frozen = [layer.weight.detach().clone() for layer in learner.layers]
         losses.clear(), rates.clear()
-        fit(learner, task, Silent())
+        fit(learner, task)
         np.testing.assert_allclose(losses, ref["loss_per_step"][t].reshape(-1), rtol=0, atol=1e-10)
         expected = ref["lr_per_step"][t].reshape(len(losses), -1)
         np.testing.assert_allclose(np.array(rates)[:, -expected.shape[1] :], expected, rtol=1e-14)
@@ -303,7 +303,7 @@ def test_alignment_trains_all_heads_and_they_stay(tmp_path, monkeypatch):
     for task in manager[1:]:
         learner.task = task
         learner.before_task(task)
-        fit(learner, task, Silent())
+        fit(learner, task)
         before = learner.network.head.stacked()[0].detach().clone()
         learner.after_task(task)
         moved = (learner.network.head.stacked()[0].detach() - before).norm(dim=1)

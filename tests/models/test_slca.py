@@ -11,7 +11,7 @@ from models.parts.alignment import Draws, align
 from models.parts.loop import evaluate, fit
 from tests.conftest import build_tiny, reference
 from tests.convs.test_lora import renamed
-from tests.models.test_contract import Silent, learn
+from tests.models.test_contract import learn
 from utils.data_manager import Task
 from utils.errors import ConfigError
 
@@ -255,7 +255,7 @@ def test_before_alignment_a_run_is_the_run_without_alignment(model_name, tmp_pat
         for task in manager:
             learner.task = task
             learner.before_task(task)
-            fit(learner, task, Silent())
+            fit(learner, task)
             with torch.no_grad():
                 scores[ca_epochs].append(learner.eval().predict(images))
             learner.after_task(task)

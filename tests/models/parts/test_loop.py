@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from models.parts.loop import EpochLoader, count_correct, evaluate, extract_features, fit
 from models.parts.optim import build_scheduler
 from tests.conftest import build_tiny, tiny_values
-from tests.models.test_contract import Silent
 from utils.errors import TrainingError
 from utils.factory import config_from
 
@@ -39,7 +38,7 @@ def test_fit_equals_a_bare_pytorch_loop(tmp_path):
     task, learner = first_task(tmp_path, **keys)
     _, twin = first_task(tmp_path, **keys)
     twin.load_state_dict(learner.state_dict())
-    fit(learner, task, Silent())
+    fit(learner, task)
     network, epochs = twin.network.train(), twin.config.epochs
     optimizer = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9, weight_decay=0.01)
     from utils.seed import mix
@@ -107,7 +106,7 @@ def test_a_broken_loss_is_reported(tmp_path):
     task, learner = first_task(tmp_path)
     learner.loss = lambda net, images, targets: net(images).sum() * float("nan")
     with pytest.raises(TrainingError, match="task 1, epoch 1: lower lrate"):
-        fit(learner, task, Silent())
+        fit(learner, task)
 
 
 def test_missing_hooks_say_what_to_write(tmp_path):
@@ -167,7 +166,7 @@ def test_a_compiled_network_trains_to_the_same_weights(tmp_path):
     for compiled in (False, True):
         task, learner = first_task(tmp_path, optimizer="sgd", lrate=0.02, epochs=1)
         learner.runtime._compile = compiled
-        fit(learner, task, Silent())
+        fit(learner, task)
         weights.append([p.detach().clone() for p in learner.network.parameters()])
     for plain, compiled in zip(*weights, strict=True):
         torch.testing.assert_close(compiled, plain, atol=1e-5, rtol=1e-4)
