@@ -85,13 +85,23 @@ def renew_final_norm(backbone: Backbone) -> None:
     setattr(model, name, nn.LayerNorm(backbone.feature_dim))
 
 
+def _split(spec: str | Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Name and constructor arguments of a config's backbone."""
+    if isinstance(spec, str):
+        return spec, {}
+    arguments = dict(spec)
+    name = arguments.pop("name", None)
+    if not isinstance(name, str):
+        raise ConfigError("backbone", ['an object needs "name": "vit" or a timm architecture'])
+    return name, arguments
+
+
 def input_size(spec: str | Mapping[str, Any]) -> int:
     """Pixels a side that a backbone expects, known without building it.
 
     Raises ConfigError for an unknown name.
     """
-    name = spec if isinstance(spec, str) else str(spec.get("name"))
-    arguments = {} if isinstance(spec, str) else spec
+    name, arguments = _split(spec)
     if isinstance(size := arguments.get("img_size") or NAMED.get(name, {}).get("img_size"), int):
         return size
     if name == "vit":
@@ -105,14 +115,8 @@ def _construct(spec: str | Mapping[str, Any], image_size: int | None, pretrained
     """The timm model without its classifier."""
     from timm.models.vision_transformer import VisionTransformer
 
-    if isinstance(spec, str):
-        name, arguments = spec, {}
-    else:
-        arguments = dict(spec)
-        name = arguments.pop("name", None)
-        if not isinstance(name, str):
-            raise ConfigError("backbone", ['an object needs "name": "vit" or a timm architecture'])
-        pretrained = False
+    name, arguments = _split(spec)
+    pretrained &= isinstance(spec, str)
     if image_size is not None and name not in NAMED and not arguments.get("img_size"):
         arguments |= _size_argument(name, image_size)
     try:

@@ -120,22 +120,15 @@ class Learner(nn.Module):
         return self.config.weight_decay_of(self.task.index)
 
     def stored_bytes(self) -> int:
-        """What the method keeps between tasks beyond the frozen pre-trained network: everything that has trained,
-        and all buffers and parts."""
-        kept = [p for p in self.parameters() if p.requires_grad or id(p) not in self._pretrained()]
-        tensors = [
-            *kept,
-            *self.buffers(),
-            *_tensors_in([part.state_dict() for part in self.parts().values()]),
-        ]
+        """What the method keeps between tasks beyond the frozen pre-trained network: everything else in its state."""
+        frozen = {id(p) for p in self.network.backbone.model.parameters() if not p.requires_grad}
+        kept = [value for value in self.state_dict(keep_vars=True).values() if id(value) not in frozen]
+        tensors = _tensors_in([*kept, *(part.state_dict() for part in self.parts().values())])
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
     def statistics_bytes(self, tasks: Sequence[Task]) -> int:
         """What the statistics of these tasks will take in the state, known beforehand; 0 when the method keeps none."""
         return 0
-
-    def _pretrained(self) -> set[int]:
-        return {id(parameter) for parameter in self.network.backbone.model.parameters()}
 
 
 def _tensors_in(value: Any) -> list[Tensor]:
