@@ -335,8 +335,8 @@ def test_state_counts_what_the_method_keeps(tmp_path):
     memory = sum(b.numel() * b.element_size() for b in learner.memory.buffers())
     branches = 4 * layers * (2 * 2 * width * width + 2 * width * 4)
     head = 4 * 2 * (width + 1)
-    small = 4 * (1 + 6)  # the head's scale, the network's mean and std
-    assert learner.stored_bytes() == memory + branches + head + small
+    scale = 4  # of the head
+    assert learner.stored_bytes() == memory + branches + head + scale
     assert learner.statistics_bytes([manager[0]]) == 0
     assert build_tiny(tmp_path, "inflora", ca_epochs=1)[1].statistics_bytes([manager[0]]) > 0
 

@@ -161,7 +161,9 @@ def test_evaluation_counts_by_the_true_task(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
-def test_a_compiled_network_trains_to_the_same_weights(tmp_path):
+def test_a_compiled_network_trains_to_the_same_weights(tmp_path, monkeypatch):
+    # Its own cache: what a killed compilation leaves in the shared one cannot be loaded.
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
     weights = []
     for compiled in (False, True):
         task, learner = first_task(tmp_path, optimizer="sgd", lrate=0.02, epochs=1)
