@@ -305,7 +305,13 @@ def _claim(folder: Path, config: RunConfig, resume: bool) -> None:
     begun = (folder / "result.json").is_file() or (folder / "checkpoint" / "last.pt").is_file()
     if not begun and not (epochs.is_file() and epochs.stat().st_size):
         return
-    saved = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    try:
+        saved = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"'{folder}' holds a run whose config.json cannot be read ({error}). Restore it, or choose another folder "
+            "with --output DIR"
+        ) from None
     if differing := config.same_run(saved):
         now = config.model_dump(mode="json")
         shown = ", ".join(f"{key} {saved.get(key)} there, {now.get(key)} now" for key in differing[:5])
