@@ -185,6 +185,7 @@ class SeedRun:
         """
         with self.stop.deferred(), self.runtime.stopwatch("checkpoint"):
             states = self.runtime.gather(rng_state())
+            self.saved_at = time.perf_counter()  # in every process: one that is still due makes all of them save
             if not self.runtime.is_main:
                 return
             learner = self.learner
@@ -209,7 +210,6 @@ class SeedRun:
             if stage == "start":
                 write_json(self.folder / "result.json", self.result() | {"finished": False})
             checkpoint.save(state, self.checkpoint)
-            self.saved_at = time.perf_counter()
 
     def _restore(self) -> int:
         """Take up the checkpoint; the number of epoch lines that belong to it."""

@@ -14,6 +14,9 @@ import main
 import trainer
 from models.base import LEARNERS
 from tests.conftest import TINY_VIT, tiny_values
+from utils.factory import load_config
+from utils.interrupt import StopSignal
+from utils.runtime import Runtime
 
 ROOT = Path(__file__).resolve().parent.parent
 TIMINGS = ("seconds", "images_per_second", "peak_memory_mib")
@@ -118,6 +121,16 @@ def test_several_seeds_resume_where_they_stopped(config, tmp_path, monkeypatch):
     assert main.main(["--config", str(path), "--output", str(tmp_path / "out"), "--resume"]) == 0
     assert (tmp_path / "out" / "seed1" / "result.json").stat().st_mtime_ns == finished
     assert json.loads((tmp_path / "out" / "summary.json").read_text())["last_acc"]["n"] == 2
+
+
+def test_a_process_that_does_not_write_knows_that_it_was_saved(config, tmp_path):
+    """Else it stays due for ever, and every process saves at every agreement from then on."""
+    runtime = Runtime("cpu", "fp32", num_workers=0)
+    runtime.rank = 1
+    seed_run = trainer.SeedRun(load_config(str(config())), tmp_path / "out", runtime, StopSignal())
+    seed_run.saved_at = 0.0
+    seed_run._save("fit")
+    assert seed_run.saved_at > 0 and not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow
