@@ -1,6 +1,8 @@
 """The command line: what it answers, and that wrong input gets one sentence, exit status 2 and no traceback."""
 
 import json
+import subprocess
+import sys
 import pickle
 import shutil
 from pathlib import Path
@@ -185,6 +187,14 @@ def test_a_loader_process_hands_the_sentence_over(tmp_path, capsys):
     path = config_file(tmp_path, **(truncated_image(tmp_path) | {"num_workers": 1}))
     error = refused(capsys, tmp_path, "--config", str(path), "--output", str(tmp_path / "out"))
     assert error.startswith("image '") and "worker" not in error
+
+
+def test_the_program_ends_although_an_error_holds_a_loader_process(tmp_path):
+    path = config_file(tmp_path, **(truncated_image(tmp_path) | {"num_workers": 1}))
+    program = "import gc, sys, main; gc.disable(); sys.exit(main.main(sys.argv[1:]))"  # no luck in the collector
+    command = [sys.executable, "-c", program, "--config", str(path), "--output", str(tmp_path / "out")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and done.stderr.startswith("image '")
 
 
 @pytest.mark.parametrize("fault", BAD_TEXTS)

@@ -1,5 +1,7 @@
 """The only loops over images: fit, evaluate, and no-gradient passes over a view."""
 
+import atexit
+import multiprocessing
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -258,3 +260,12 @@ def _leave_signals_to_the_parent(_: int) -> None:
     """A terminal and most clusters signal the whole process group: the parent stops the run, and ends this process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+@atexit.register
+def _end_loader_processes() -> None:
+    """What is left of them when the program ends, say by an error that still holds its loader. `multiprocessing` would
+    ask them to stop by the signal that they ignore, and wait for ever."""
+    for process in multiprocessing.active_children():
+        if process.daemon:
+            process.kill()
