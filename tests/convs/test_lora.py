@@ -105,6 +105,17 @@ def test_singular_vectors_are_those_of_the_svd(shape):
     assert torch.allclose((ours * theirs).sum(dim=1).abs(), torch.ones(3), atol=1e-5)
 
 
+def test_singular_vectors_are_nearer_to_the_exact_ones_than_a_float32_svd():
+    weight = torch.randn(300, 80, generator=torch.Generator().manual_seed(0))
+    exact = torch.linalg.svd(weight.double()).Vh[:4]
+
+    def error(vectors: torch.Tensor) -> torch.Tensor:
+        vectors = vectors.double()
+        return (vectors * (vectors * exact).sum(dim=1, keepdim=True).sign() - exact).abs().max()
+
+    assert error(right_singular_vectors(weight, 4)) <= error(torch.linalg.svd(weight).Vh[:4])
+
+
 def test_a_branch_starts_as_the_identity_whatever_its_start():
     torch.manual_seed(0)
     model, images = small_vit().eval(), torch.rand(2, 3, 16, 16)
