@@ -94,44 +94,48 @@ def align(
     weight = weight.detach().clone().requires_grad_()
     bias = None if bias is None else bias.detach().clone().requires_grad_()
     parameters = [weight] if bias is None else [weight, bias]
-    optimizer = SGD(parameters, settings.lrate, momentum=settings.momentum, weight_decay=settings.weight_decay)
+    optimizer = SGD(parameters, settings.lrate, settings.momentum, weight_decay=settings.weight_decay, fused=True)
     scheduler = CosineAnnealingLR(optimizer, T_max=max(1, settings.epochs))
     means = gaussians.means if mean_factor is None else gaussians.means * mean_factor.double()[:, None]
     heads = head_of_column(sizes, weight)
     targets = gaussians.labels.repeat_interleave(settings.samples)
-    losses = weight.new_zeros(settings.epochs, len(gaussians))
+    losses: list[Tensor] = []
+    rows = torch.empty(len(targets), means.shape[1], device=means.device)
     for epoch in range(settings.epochs):
-        rows, order = _epoch_rows(gaussians, means, settings, ages, generator, draws(epoch) if draws else None)
-        for step, batch in enumerate(order.split(settings.samples)):
+        order = _draw_epoch(rows, gaussians, means, settings, ages, generator, draws(epoch) if draws else None)
+        for batch, labels in zip(order.split(settings.samples), targets[order].split(settings.samples), strict=True):
             logits = head_logits(rows.index_select(0, batch), weight, bias, settings, heads)
-            loss = F.cross_entropy(logits if reduce is None else reduce(logits), targets[batch])
+            loss = F.cross_entropy(logits if reduce is None else reduce(logits), labels)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
-            losses[epoch, step] = loss.detach()
+            losses.append(loss.detach())
         scheduler.step()
-    return Aligned(weight.detach(), None if bias is None else bias.detach(), losses)
+    curve = torch.stack(losses).view(settings.epochs, -1) if losses else weight.new_empty(0, len(gaussians))
+    return Aligned(weight.detach(), None if bias is None else bias.detach(), curve)
 
 
-def _epoch_rows(
+def _draw_epoch(
+    rows: Tensor,
     gaussians: ClassGaussians,
     means: Tensor,
     settings: Alignment,
     ages: Tensor | None,
     generator: torch.Generator | None,
     given: Draws | None,
-) -> tuple[Tensor, Tensor]:
-    """Samples (G n, D) of one epoch, Gaussian by Gaussian, and the order (G n,) in which the steps read them."""
-    count, device = len(gaussians) * settings.samples, means.device
-    samples = gaussians.draw(means, settings.samples, generator if given is None else given.eps)
-    order = torch.randperm(count, generator=generator, device=device) if given is None else given.order
+) -> Tensor:
+    """Fill rows (G n, D) with one epoch's samples, Gaussian by Gaussian; returns the order (G n,) of reading them."""
+    samples = rows.view(len(gaussians), settings.samples, -1)
+    gaussians.draw(means, settings.samples, generator if given is None else given.eps, out=samples)
+    device = rows.device
+    order = torch.randperm(len(rows), generator=generator, device=device) if given is None else given.order
     if settings.distance_mu:
         if ages is None:
             raise ValueError("distance_mu scales rows by the age of their class: give align() the ages (G,)")
         shape = samples.shape[:2]
         uniform = torch.rand(shape, generator=generator, device=device) if given is None else given.uniform
-        samples = samples * distance_factor(ages, uniform, settings.distance_mu)[..., None]
-    return samples.flatten(0, 1), order
+        samples *= distance_factor(ages, uniform, settings.distance_mu)[..., None]
+    return order
 
 
 def head_logits(rows: Tensor, weight: Tensor, bias: Tensor | None, settings: Alignment, heads: Tensor) -> Tensor:

@@ -128,7 +128,8 @@ def test_draw_is_the_same_in_chunks():
     gaussians, _ = made("low_rank", classes=130, count=4, rank=2)
     drawn = gaussians.draw(gaussians.means, 5, torch.Generator().manual_seed(2))
     generator = torch.Generator().manual_seed(2)
-    sizes = [CHUNK] * (130 // CHUNK) + [130 % CHUNK]
+    size = CHUNK["cpu"]
+    sizes = [size] * (130 // size) + [130 % size]
     eps = torch.cat([torch.empty(size, 5, gaussians.noise).normal_(generator=generator) for size in sizes])
     assert torch.allclose(drawn, gaussians.draw(gaussians.means, 5, eps), atol=1e-5)
 
