@@ -121,7 +121,8 @@ class SeedRun:
                 if learner.epochs(task):
                     self._save("fitted")
         learner.after_task(task)
-        self.correct[:, task.index, : task.index + 1] = evaluate(learner, self.manager[: task.index + 1])
+        tested = self.manager.tested_after(task)
+        self.correct[:, task.index, : len(tested)] = evaluate(learner, tested)
         self.stored_bytes = [*self.stored_bytes[: task.index], learner.stored_bytes()]
         self.done, self.stage = task.index + 1, "start"
         result = self.result()
@@ -132,11 +133,12 @@ class SeedRun:
     def result(self) -> dict[str, Any]:
         """What result.json holds, for the tasks done so far."""
         done = self.done
-        counts = np.array([len(task.test) for task in self.manager[:done]], dtype=float)
+        tested = len(self.manager.tested_after(self.manager[done - 1]))
+        counts = np.array([len(task.test) for task in self.manager[:tested]], dtype=float)
         seconds = dict(self.runtime.stopwatch.seconds)
         config, manager, info = self.config, self.manager, self.learner.backbone_info
         return {
-            **summarise(self.correct[0, :done, :done], self.correct[1, :done, :done], counts),
+            **summarise(self.correct[0, :done, :tested], self.correct[1, :done, :tested], counts),
             "finished": done == len(manager),
             "tasks": len(manager),
             "task_sizes": manager.task_sizes,
@@ -266,7 +268,7 @@ class Progress(Observer):
             self.bar.close()
         run.images_trained += len(run.learner.train_data(task))
         if config.eval_every and fit_state.epoch % config.eval_every == 0 and fit_state.epoch < fit_state.epochs:
-            tasks = run.manager[: task.index + 1]
+            tasks = run.manager.tested_after(task)
             numbers["accuracy"] = 100 * evaluate(run.learner, tasks)[0].sum() / sum(len(t.test) for t in tasks)
         left = (fit_state.epochs - fit_state.epoch) * numbers.pop("seconds")
         line = {"task": task.index + 1, "epoch": fit_state.epoch, "epochs": fit_state.epochs, **numbers}

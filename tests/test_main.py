@@ -148,6 +148,12 @@ BAD_FILES = {
     "weights of another width": (lambda p: {"weights": other_width(p)}, "have another shape"),
     "weights that run code": (lambda p: {"weights": pickled(p)}, "refused"),
     "domains with increment": (lambda p: domains(p, increment=2, shuffle=False), '"increment" has no meaning'),
+    "domain order": (
+        lambda p: domains(p, shuffle=False, domain_order=["domain 0", "domain 2"]),
+        '"domain_order" must hold each domain of',
+    ),
+    "domain order of classes": (lambda p: {"domain_order": ["a"]}, '"domain_order" has no meaning'),
+    "all domains of classes": (lambda p: {"dil_eval": "all"}, '"dil_eval": "all" has no meaning'),
     "domains shuffled": (lambda p: domains(p, shuffle=True), '"shuffle" must be false'),
 }
 BAD_TEXTS = {
@@ -319,7 +325,7 @@ def test_check_runs_nothing(tmp_path, capsys):
     path = config_file(tmp_path)
     assert main.main(["--config", str(path), "--output", str(tmp_path / "out"), "--check"]) == 0
     out = capsys.readouterr().out
-    assert "6 classes" in out and "trainable" in out and "MiB" in out
+    assert "6 classes: 2 + 2 x 2 = 6" in out and "trainable" in out and "MiB" in out
     assert not (tmp_path / "out").exists()
 
 
@@ -355,3 +361,14 @@ def test_nothing_to_do_is_a_usage_error(capsys):
 )
 def test_experiments_of_two_families_do_not_share_a_folder(config, expected):
     assert main.result_folder(Path(config), None, alone=True) == Path(expected)
+
+
+def test_a_stream_of_domains_evaluated_on_all_of_them(tmp_path):
+    path = config_file(
+        tmp_path, **domains(tmp_path, shuffle=False, dil_eval="all", domain_order=["domain 1", "domain 0"])
+    )
+    assert main.main(["--config", str(path), "--output", str(tmp_path / "out")]) == 0
+    result = json.loads((tmp_path / "out" / "seed1993" / "result.json").read_text())
+    assert result["domains"] == ["domain 1", "domain 0"]
+    assert None not in result["acc"][0] and len(result["acc"][0]) == 2
+    assert result["curve"][0] == pytest.approx(np.mean(result["acc"][0]))

@@ -59,6 +59,12 @@ class RunConfig(BaseModel):
     )
     shuffle: bool = Field(True, description="permute the classes by class_order_seed; false: natural order")
     class_order_seed: Whole | None = Field(None, description="seed of the class order; default: seed")
+    domain_order: tuple[str, ...] | None = Field(
+        None, min_length=1, description="order of the domains of a domain-incremental stream; default: the data set's"
+    )
+    dil_eval: Literal["seen", "all"] = Field(
+        "seen", description="domain-incremental: evaluate on the domains seen so far, or always on all of them"
+    )
     seed: Whole | tuple[Whole, ...] = Field(1993, description="seed of all randomness; a list runs one after another")
 
     weights: str | None = Field(

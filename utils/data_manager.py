@@ -178,12 +178,13 @@ class DataManager(Sequence[Task]):
         options = Options(config.split, config.strict_data, cache=folder)
         self.data: ImageData = sources.load(config.dataset, config.data_root, options)
         self.domain_incremental = bool(self.data.domain_names)
+        self._test_all = config.dil_eval == "all"
         faults = list(_protocol_faults(config, self.data))
         if faults:
             raise ConfigError(f"dataset {config.dataset}", faults)
         if config.shuffle and self.data.natural_order:
             log.warning('%s: published protocol uses natural order, "shuffle" is true', config.dataset)
-        self.data = cached(self.data, config.cache, config.cache_size, folder)
+        self.data = cached(in_domain_order(self.data, config.domain_order), config.cache, config.cache_size, folder)
         classes = self.data.num_classes
         shuffle = config.shuffle and not self.domain_incremental
         self.class_order = class_order(classes, config.order_seed, shuffle)
@@ -224,6 +225,10 @@ class DataManager(Sequence[Task]):
             test=self._task_data("test", index, index) if self._shared_test is None else self._shared_test,
             train_so_far=self._task_data("train", 0, index),
         )
+
+    def tested_after(self, task: Task) -> Sequence[Task]:
+        """The tasks whose test images count once `task` is learned."""
+        return self[:] if self._test_all else self[: task.index + 1]
 
     def _bounds(self, index: int) -> tuple[int, int]:
         if self.domain_incremental:
@@ -271,6 +276,18 @@ def loss_weight(count: int, batch_size: int, step: int, rank: int, world: int) -
     return local * world / size
 
 
+def in_domain_order(data: ImageData, order: Sequence[str] | None) -> ImageData:
+    """The same images with the domains numbered in another order, a permutation of data.domain_names."""
+    if order is None:
+        return data
+    new = np.array([order.index(name) for name in data.domain_names])
+    train, test = (
+        split if split.domains is None else replace(split, domains=new[split.domains])
+        for split in (data.train, data.test)
+    )
+    return replace(data, train=train, test=test, domain_names=tuple(order))
+
+
 def _sizes(config: RunConfig, classes: int) -> list[int]:
     if config.task_sizes is not None:
         return list(config.task_sizes)
@@ -293,7 +310,13 @@ def _protocol_faults(config: RunConfig, data: ImageData):
                 yield f'"{key}" has no meaning for {name}: its tasks are {len(data.domain_names)} domains; drop the key'
         if config.shuffle:
             yield f'"shuffle" must be false for {name}: the classes of a domain-incremental stream have no order'
+        if config.domain_order is not None and sorted(config.domain_order) != sorted(data.domain_names):
+            yield f'"domain_order" must hold each domain of {name} once: {", ".join(data.domain_names)}'
         return
+    if config.domain_order is not None:
+        yield f'"domain_order" has no meaning for {name}: it has no domains; drop the key'
+    if config.dil_eval == "all":
+        yield f'"dil_eval": "all" has no meaning for {name}: classes not yet seen cannot be recognised; drop the key'
     if config.task_sizes is not None:
         if sum(config.task_sizes) != classes:
             yield f'"task_sizes" adds up to {sum(config.task_sizes)}, but {name} has {classes} classes'

@@ -1,7 +1,8 @@
 """Accuracy matrix -> the numbers of a paper.
 
-correct (T, T): correct[t, i] = images of task i's test set that are right after task t; count (T,) = images of each.
-acc[t, i] = 100 * correct[t, i] / count[i] in percent, NaN above the diagonal. Nothing is rounded.
+correct (R, T): correct[t, i] = images of task i's test set that are right after task t; count (T,) = images of each.
+acc[t, i] = 100 * correct[t, i] / count[i] in percent, NaN where task i was not evaluated after task t: above the
+diagonal, unless all domains of a stream are evaluated each time. Nothing is rounded.
 """
 
 from typing import Any
@@ -10,20 +11,20 @@ import numpy as np
 
 
 def accuracy_matrix(correct: np.ndarray, count: np.ndarray) -> np.ndarray:
-    """correct (T, T), NaN above the diagonal; count (T,) -> acc (T, T) in percent."""
+    """correct (R, T), count (T,) -> acc (R, T) in percent."""
     return 100.0 * correct / count
 
 
 def pooled_curve(correct: np.ndarray, count: np.ndarray) -> np.ndarray:
-    """(T,): accuracy after each task over the test images of all tasks seen (the usual class-incremental curve)."""
-    steps = range(len(count))
-    return np.array([100.0 * correct[t, : t + 1].sum() / count[: t + 1].sum() for t in steps])
+    """(R,): accuracy after each task over all test images evaluated then, those of the tasks seen (the usual
+    class-incremental curve)."""
+    return 100.0 * np.nansum(correct, axis=1) / np.where(np.isnan(correct), 0, count).sum(axis=1)
 
 
 def task_mean_curve(acc: np.ndarray) -> np.ndarray:
-    """(T,): mean over tasks of the task accuracies (RanPAC's convention); equals the pooled curve
+    """(R,): mean over tasks of the task accuracies (RanPAC's convention); equals the pooled curve
     only when all tasks have equally many test images."""
-    return np.array([acc[t, : t + 1].mean() for t in range(len(acc))])
+    return np.nanmean(acc, axis=1)
 
 
 def forgetting(acc: np.ndarray, include_last: bool = False) -> float | None:
@@ -50,6 +51,7 @@ def summarise(correct: np.ndarray, correct_task_il: np.ndarray, count: np.ndarra
     acc, acc_task_il = accuracy_matrix(correct, count), accuracy_matrix(correct_task_il, count)
     curve, curve_task_il = pooled_curve(correct, count), pooled_curve(correct_task_il, count)
     task_mean = task_mean_curve(acc)
+    learned = np.where(np.tri(*acc.shape) > 0, acc, np.nan)[:, : len(acc)]  # nothing is forgotten beforehand
     return {
         "last_acc": float(curve[-1]),
         "avg_acc": float(curve.mean()),
@@ -57,20 +59,20 @@ def summarise(correct: np.ndarray, correct_task_il: np.ndarray, count: np.ndarra
         "avg_acc_task_il": float(curve_task_il.mean()),
         "last_acc_task_mean": float(task_mean[-1]),
         "avg_acc_task_mean": float(task_mean.mean()),
-        "forgetting": forgetting(acc),
-        "forgetting_clipped": forgetting(acc, include_last=True),
-        "bwt": backward_transfer(acc),
+        "forgetting": forgetting(learned),
+        "forgetting_clipped": forgetting(learned, include_last=True),
+        "bwt": backward_transfer(learned),
         "curve": curve.tolist(),
         "curve_task_il": curve_task_il.tolist(),
         "curve_task_mean": task_mean.tolist(),
-        "acc": lower_triangle(acc),
-        "acc_task_il": lower_triangle(acc_task_il),
+        "acc": nested(acc),
+        "acc_task_il": nested(acc_task_il),
     }
 
 
-def lower_triangle(matrix: np.ndarray) -> list[list[float | None]]:
-    """(T, T) -> nested lists with null above the diagonal."""
-    return [[float(v) if i <= t else None for i, v in enumerate(row)] for t, row in enumerate(matrix)]
+def nested(matrix: np.ndarray) -> list[list[float | None]]:
+    """(R, T) -> nested lists with null where nothing was evaluated."""
+    return [[None if np.isnan(value) else float(value) for value in row] for row in matrix]
 
 
 def grouped_accuracy(

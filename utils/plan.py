@@ -1,6 +1,7 @@
 """What --check prints: the tasks, the class order, parameters, images, memory. Trains nothing."""
 
 from dataclasses import replace
+from itertools import groupby
 from typing import TYPE_CHECKING
 
 import torch
@@ -24,6 +25,7 @@ def plan(learner: "Learner", manager: DataManager) -> str:
         f"learner      {config.model_name}, seeds {', '.join(map(str, config.seeds))}",
         f"data         {manager.data.name}: {len(manager.data.train)} training and {len(manager.data.test)} test "
         f"images, {manager.data.num_classes} classes, sha256 {manager.data.digest[:12]}",
+        f"tasks        {_tasks(manager)}",
         f"images       {manager.image_size} px, train {config.train_transform}, test {config.test_transform}, "
         f"normalize {config.normalize}",
         f"backbone     {info.name}, {info.feature_dim} features; {info.report}",
@@ -42,6 +44,15 @@ def plan(learner: "Learner", manager: DataManager) -> str:
             f"{learner.epochs(task):>6}"
         )
     return "\n".join(lines)
+
+
+def _tasks(manager: DataManager) -> str:
+    """How the stream adds up: "196 classes: 20 + 8 x 20 + 16 = 196"."""
+    if manager.domain_incremental:
+        return f"{len(manager)} domains of {manager.data.num_classes} classes: {', '.join(manager.data.domain_names)}"
+    runs = [(size, len(list(same))) for size, same in groupby(manager.task_sizes[1:])]
+    terms = [str(manager.task_sizes[0]), *(f"{count} x {size}" if count > 1 else str(size) for size, count in runs)]
+    return f"{manager.data.num_classes} classes: {' + '.join(terms)} = {sum(manager.task_sizes)}"
 
 
 def _statistics_line(learner: "Learner", manager: DataManager) -> list[str]:

@@ -56,6 +56,24 @@ def test_domain_incremental_tasks_hold_all_classes(tmp_path):
     assert len(tasks[1].train_so_far) == len(tasks.data.train)
 
 
+def test_domains_come_in_the_order_of_the_config(tmp_path):
+    keys = {"dataset": write_stream(tmp_path / "d.npz", domains=3), "increment": None, "shuffle": False}
+    own = manager(tmp_path, **keys)
+    order = ["domain 2", "domain 0", "domain 1"]
+    ours = manager(tmp_path, **keys, domain_order=order)
+    assert [task.domain for task in ours] == order
+    for task, theirs in zip(ours, (own[2], own[0], own[1]), strict=True):
+        assert task.train.rows.tolist() == theirs.train.rows.tolist()
+        assert task.test.rows.tolist() == theirs.test.rows.tolist()
+
+
+def test_all_domains_are_evaluated_when_asked(tmp_path):
+    keys = {"dataset": write_stream(tmp_path / "d.npz", domains=3), "increment": None, "shuffle": False}
+    for rule, expected in (("seen", [1, 2, 3]), ("all", [3, 3, 3])):
+        tasks = manager(tmp_path, **keys, dil_eval=rule)
+        assert [len(tasks.tested_after(task)) for task in tasks] == expected
+
+
 def test_protocol_faults_are_reported_together(tmp_path):
     dataset = write_stream(tmp_path / "d.npz", domains=2)
     with pytest.raises(ConfigError) as error:

@@ -49,3 +49,13 @@ def test_summary_by_hand():
     assert summary["avg_acc_task_mean"] == pytest.approx((90 + 55) / 2)
     assert summary["forgetting"] == 30 and summary["bwt"] == -30
     assert summary["acc"] == [[90, None], [60, 50]]
+
+
+def test_what_was_evaluated_beforehand_counts_in_the_curve_but_is_not_forgotten():
+    correct = np.array([[9, 2], [6, 1]])  # all domains each time; the second was better before it was learned
+    summary = summarise(correct, correct, np.array([10.0, 2.0]))
+    assert summary["curve"] == pytest.approx([100 * 11 / 12, 100 * 7 / 12])
+    assert summary["forgetting"] == 30 and summary["forgetting_clipped"] == 30
+    assert summary["acc"] == [[90, 100], [60, 50]]
+    first = summarise(correct[:1], correct[:1], np.array([10.0, 2.0]))  # after the first task of two
+    assert first["curve"] == pytest.approx([100 * 11 / 12]) and first["forgetting"] is None
