@@ -24,9 +24,8 @@ from data.records import ImageData
 from utils.errors import DataError
 from utils.runtime import available_cpus, available_memory
 
-FORMAT = 1
+FORMAT = 2
 KEEP_FREE = 0.1  # share of memory or disk that a cache leaves alone
-ORIENTATION = 0x0112  # EXIF tag; values 5 to 8 swap width and height
 
 
 class CachedImages(Sequence[np.ndarray]):
@@ -151,8 +150,6 @@ def _shapes(name: str, paths: Sequence[Path], size: int | None) -> np.ndarray:
         try:
             with Image.open(path) as image:
                 width, height = image.size
-                if image.getexif().get(ORIENTATION, 1) >= 5:
-                    width, height = height, width
         except Exception as error:  # noqa: BLE001 - decoders raise many types for damaged files
             raise DataError(f"image '{path}' cannot be read ({error}). Replace or remove it") from None
         return _reduced(height, width, size)

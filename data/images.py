@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import overload
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from utils.errors import DataError
 
@@ -89,7 +89,8 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def read_image(path: Path) -> Image.Image:
-    """Decode to RGB, upright. Grey of 16 bits keeps its upper 8; of an animation the first picture is taken.
+    """Decode to RGB, as stored: like torchvision's ImageFolder, a camera's orientation tag turns nothing. Grey of 16
+    bits keeps its upper 8; of an animation the first picture is taken.
 
     Raises DataError with the path when the file is not a readable image; an image of more than 179 million pixels
     counts as unreadable, since decoding it could exhaust the memory.
@@ -106,8 +107,6 @@ def to_rgb(path: Path) -> tuple[Image.Image, str]:
     """(image in RGB, mode in the file: "RGB", "L", "CMYK", "P", "RGBA", ...). Raises whatever the decoder raises."""
     with Image.open(path) as image:
         mode = image.mode
-        if image.format != "JPEG" or {"exif", "xmp"} & set(image.info):  # asking a plain JPEG costs 20 microseconds
-            ImageOps.exif_transpose(image, in_place=True)
         if mode in SIXTEEN_BITS:  # Pillow's own conversion cuts every value above 255 to white
             upper = (np.asarray(image, dtype=np.int64) >> 8).clip(0, 255).astype(np.uint8)
             return Image.fromarray(upper).convert("RGB"), mode

@@ -20,7 +20,7 @@ from utils.factory import config_from
 
 @pytest.fixture
 def mine(tmp_path):
-    """Two classes of images of many sizes, one of them to be turned upright."""
+    """Two classes of images of many sizes, one of them with an orientation tag."""
     rng = np.random.RandomState(0)
     for half, count in (("train", 5), ("test", 3)):
         for c, name in enumerate("ab"):
