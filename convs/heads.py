@@ -58,6 +58,8 @@ class TaskHeads(nn.Module):
         self.heads = nn.ModuleList()
         self.scales: Tensor
         self.register_buffer("scales", torch.empty(0))
+        self.owner: Tensor
+        self.register_buffer("owner", torch.empty(0, dtype=torch.int64), persistent=False)  # (C,): head of a column
         self._saved: dict[str, Tensor] | None = None
 
     @property
@@ -109,11 +111,11 @@ class TaskHeads(nn.Module):
                 head.bias.copy_(offsets)
 
     def forward(self, features: Tensor) -> Tensor:
-        heads = zip(self._linears(), self.scales, strict=True)
-        return torch.cat([head(scale * features) for head, scale in heads], dim=1)
+        weight, bias = self.stacked()  # one product, however many tasks
+        return F.linear(features, weight) * self.scales[self.owner] + bias
 
     def _tensors(self) -> list[tuple[str, Tensor]]:
-        return [*self.named_parameters(), *self.named_buffers()]
+        return [*self.named_parameters(), ("scales", self.scales)]
 
     def _linears(self) -> Iterator[nn.Linear]:
         return (head for head in self.heads if isinstance(head, nn.Linear))
@@ -122,6 +124,7 @@ class TaskHeads(nn.Module):
         head = nn.Linear(self.feature_dim, size, device=self.scales.device)
         self.heads.append(head)
         self.scales = torch.cat([self.scales, self.scales.new_ones(1)])
+        self.owner = torch.cat([self.owner, self.owner.new_full((size,), len(self.heads) - 1)])
         return head
 
     def get_extra_state(self) -> dict[str, Any]:
@@ -132,7 +135,7 @@ class TaskHeads(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         if (extra := state_dict.get(prefix + "_extra_state")) is not None:
-            self.heads, self.scales = nn.ModuleList(), self.scales.new_empty(0)
+            self.heads, self.scales, self.owner = nn.ModuleList(), self.scales.new_empty(0), self.owner.new_empty(0)
             for size in extra["sizes"]:
                 self._append(size)
         super()._load_from_state_dict(state_dict, prefix, *args)
