@@ -79,11 +79,15 @@ class BranchedAdapter(nn.Module):
         out = torch.baddbmm(self.scale * up_b[:, None], hidden, self.scale * up_w.mT)
         return out.view(tokens.shape)
 
-    def mixed(self, tokens: Tensor, alpha: Tensor) -> Tensor:
-        """One adapter whose parameters are the mean of the branches' with weights alpha (K,): (B, N, D) -> (B, N, D).
+    def amalgam(self, kind: Amalgam, outputs: Sequence[Tensor], tokens: Tensor, alpha: Tensor) -> Tensor:
+        """The amalgam's output (B, N, D) with weights alpha (K,).
 
-        Frozen branches get no gradient through the mean.
+        outputs: of all branches on their own streams, (B, N, D) each, read by "upstream"; tokens (B, N, D): of the
+        amalgam's stream, read by "parameter", whose mean gives frozen branches no gradient.
         """
+        if kind == "upstream":
+            first, *others = [weight * output for weight, output in zip(alpha, outputs, strict=True)]
+            return sum(others, start=first)
         down_w, down_b, up_w, up_b = (
             torch.tensordot(alpha, torch.cat([p[: self.frozen].detach(), p[self.frozen :]]), dims=1)
             for p in self._tensors()
@@ -192,23 +196,13 @@ class ReplicaNetwork(Network):
                     still = entered.passed + fixed
             entered = block.enter(x) if number else _repeat(prefix, moving)  # (moving, B, N, D)
             own = block.adapter.outputs(entered.tokens[: branches - frozen], frozen, branches)
-            x = entered.passed + self._with_amalgam(block.adapter, fixed, own, entered.tokens[-1], alpha)
+            if self.amalgam != "none":
+                mixed = block.adapter.amalgam(self.amalgam, [*fixed, *own], entered.tokens[-1], alpha)
+                own = torch.cat([own, mixed[None]])
+            x = entered.passed + own
         vit: Any = self.backbone.model
         rows = torch.cat([still, x]) if frozen else x
         return vit.forward_head(vit.norm(rows.flatten(0, 1)))
-
-    def _with_amalgam(
-        self, adapter: BranchedAdapter, fixed: Tensor, own: Tensor, tokens: Tensor, alpha: Tensor
-    ) -> Tensor:
-        """The moving branches' outputs and, behind them, the amalgam's; tokens: those of its own stream."""
-        if self.amalgam == "none":
-            return own
-        if self.amalgam == "parameter":
-            mixed = adapter.mixed(tokens, alpha)
-        else:
-            first, *others = [weight * output for weight, output in zip(alpha, [*fixed, *own], strict=True)]
-            mixed = sum(others, start=first)
-        return torch.cat([own, mixed[None]])
 
     def _mixtures(self, like: Tensor) -> Tensor:
         """(L, K): alpha of each block. Evaluation is not random: the plain mean."""

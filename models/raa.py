@@ -50,7 +50,6 @@ SINGLE = {"amalgam": "none", "freeze": False}
 class RaaConfig(RunConfig):
     batch_size: Count = Field(48, description="images per step, over all processes; each goes through as K + 1 replicas")
     epochs: Whole = Field(10, description="epochs of every later task")
-    init_epoch: Whole | None = Field(20, description="epochs of the first task; default of other learners: epochs")
     sam: Sam | None = Field(
         Sam(rho=0.1, damping=25.0),
         description="second pass at weights that a step of length rho uphill has reached; damping T shortens steps along "

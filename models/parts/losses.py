@@ -40,7 +40,8 @@ def margin_cross_entropy(
     has a gradient.
     """
     if kind == "cosface":
-        return F.cross_entropy(scale * (cosines - margin * F.one_hot(targets, cosines.shape[1])), targets)
+        true = F.one_hot(targets, cosines.shape[1]).to(cosines.dtype)
+        return F.cross_entropy(scale * (cosines - margin * true), targets)
     angle = cosines.gather(1, targets[:, None]).clamp(-1 + 1e-7, 1 - 1e-7).acos()
     moved = (angle + margin if kind == "arcface" else margin * angle).cos()
     return F.cross_entropy(scale * cosines.scatter(1, targets[:, None], moved), targets)
