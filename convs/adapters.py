@@ -5,16 +5,16 @@ attention, without a LayerNorm, beside the MLP:
 
     x1 = x + attn(ln1 x)        x' = x1 + mlp(ln2 x1) + A_i(x1)        A_i(x) = s (U_i drop(relu(D_i x + c_i)) + e_i)
 
-In training the batch goes through as K + 1 replicas, [branch 0 | ... | branch K-1 | amalgam]. Each block and forward pass
-draws alpha = u / sum(u), u ~ U(0, 1)^K, and the amalgam's replica gets
+In training the batch goes through as K + 1 replicas, [branch 0 | ... | branch K-1 | amalgam]. Each block draws in each
+forward pass alpha = u / sum(u), u ~ U(0, 1)^K, and the amalgam's replica gets
 
     "upstream"     sum_i alpha_i A_i(x1 of replica i)        outputs are mixed, on the branches' own streams
     "parameter"    A with U, D, c, e = sum_i alpha_i (U_i, D_i, c_i, e_i), on its own stream
     "none"         there is no such replica
 
-What the replicas share is computed once: the patch embedding and the first block up to its adapter need no gradient and
-depend on nothing that trains (`ReplicaNetwork.prefix`; for all passes over a batch). A frozen branch 0 goes through in a
-batch of its own without gradient. Behind the last attention only the tokens that the features are made of go on.
+What the replicas share is computed once, for all passes over a batch: the patch embedding and the first block up to its
+adapter depend on nothing that trains (`ReplicaNetwork.prefix`). A frozen branch 0 goes through in a batch of its own
+without gradient. Behind the last attention only the tokens go on that the features are made of.
 """
 
 import math

@@ -10,7 +10,7 @@ the adapters, so K of them train side by side, and with them a fresh random mixt
     merge   after a task A_0 := mean_k A_k, and A_0 alone answers; from the second task on it is frozen, so with K = 2
             A_0 is an exponential average of what A_1 goes through
     shift   mu_c += sum_i w_ci (e'_i - e_i): old class means follow the features              (models/parts/shift.py)
-    align   Gaussians N(mu_c, Sigma_c) of all classes seen train the cosine head              (models/parts/alignment.py)
+    align   Gaussians N(mu_c, Sigma_c) of all classes seen train the cosine head          (models/parts/alignment.py)
 
 Variants are fields: SSIAT is one branch without SAM; "amalgam", "sam" and "freeze" take the parts away one by one.
 """
@@ -48,12 +48,12 @@ SINGLE = {"amalgam": "none", "freeze": False}
 
 
 class RaaConfig(RunConfig):
-    batch_size: Count = Field(48, description="images per step, over all processes; each goes through as K + 1 replicas")
+    batch_size: Count = Field(48, description="images per step, over all processes; each is replicated K + 1 times")
     epochs: Whole = Field(10, description="epochs of every later task")
     sam: Sam | None = Field(
         Sam(rho=0.1, damping=25.0),
-        description="second pass at weights that a step of length rho uphill has reached; damping T shortens steps along "
-        "the ascent (SAM+), 0 does not (SAM); null: one pass",
+        description="second pass at weights that a step of length rho uphill has reached; damping T shortens steps "
+        "along the ascent (SAM+), 0 does not (SAM); null: one pass",
     )
     branches: Count = Field(2, description="K: adapters per block that train side by side; 1: SSIAT")
     bottleneck: Count = Field(64, description="width of an adapter")
@@ -172,7 +172,7 @@ class RAA(Learner):
             return self.network.prefix(images), targets - self.task.classes.start
 
     def loss(self, net: nn.Module, images: Entered, targets: Tensor) -> Tensor:
-        """Branches and amalgam, each its mean over the batch. Old heads get a zero gradient: weight decay moves them."""
+        """Branches and amalgam, each a mean. Old heads get a zero gradient, not none: weight decay moves them."""
         config, classes = self.config, self.task.classes
         cosines = net(images)[:, classes.start : classes.stop]  # ((K + 1) B, classes of the task)
         rows = config.branches * len(targets)
@@ -181,7 +181,7 @@ class RAA(Learner):
         return loss if config.amalgam == "none" else loss + penalty(cosines[rows:], targets)
 
     def after_task(self, task: Task) -> None:
-        """Merge; then the class statistics, with the old means moved, and alignment of the head from the second task."""
+        """Merge; class statistics, with the old means moved; from the second task on, alignment of the head."""
         for adapter in self.adapters:
             adapter.merge()
         if self.config.ca_epochs == 0:

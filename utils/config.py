@@ -267,8 +267,8 @@ def key_table(cls: type[RunConfig]) -> list[tuple[str, str, str, str]]:
     for key in own + [key for key in cls.model_fields if key in RunConfig.model_fields]:
         field = cls.model_fields[key]
         missing = field.default is PydanticUndefined and field.default_factory is None
-        default = "required" if missing else json.dumps(to_jsonable_python(field.get_default(call_default_factory=True)))
-        rows.append((key, allowed(cls, key), default, field.description or ""))
+        value = None if missing else to_jsonable_python(field.get_default(call_default_factory=True))
+        rows.append((key, allowed(cls, key), "required" if missing else json.dumps(value), field.description or ""))
     return rows
 
 

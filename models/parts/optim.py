@@ -3,7 +3,8 @@
 SAM (Foret et al., 2021, arXiv 2010.01412) with the damped step of RAA (AAAI 2026), "SAM+"; w: all parameters, i: one
 tensor, or one branch of a tensor that stacks branches:
 
-    g1 = grad L(w)      eps = rho g1 / ||g1||      g2 = grad L(w + eps)      w_i += k_i u_i,  u: the optimiser's step by g2
+    g1 = grad L(w)      eps = rho g1 / ||g1||      g2 = grad L(w + eps)
+    w_i += k_i u_i,     u: the optimiser's step by g2 at w
     k_i = min(1, T (1 - exp(cos(-u_i, eps_i) - 1)))          T = 0: k = 1, plain SAM
 """
 
@@ -109,7 +110,8 @@ class SAM(Optimizer):
         torch._foreach_copy_(parameters, start)
         self.base.step()
         if self.damping:
-            stacked = [entry.get("stacked", False) for entry, p in zip(self.param_groups, groups, strict=True) for _ in p]
+            pairs = zip(self.param_groups, groups, strict=True)
+            stacked = [entry.get("stacked", False) for entry, members in pairs for _ in members]
             self._damp(parameters, start, ascent, stacked)
         return loss
 

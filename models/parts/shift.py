@@ -6,7 +6,6 @@ e_i, e'_i: features of the task's image i under the network before and after the
 3.4; after Yu et al., 2020, "Semantic drift compensation"). C means, N images, D width.
 """
 
-import torch
 from torch import Tensor
 
 from models.parts.gaussians import Growing
@@ -15,7 +14,7 @@ FLOOR = 1e-5  # of a weight: means far from every image drift with the mean of t
 
 
 def mean_shift(means: Tensor, before: Tensor, after: Tensor, sigma: float) -> Tensor:
-    """(C, D): how far each of means (C, D) moves, by features before and after the task (N, D), row by row of one image.
+    """(C, D): how far each of means (C, D) moves, by the features (N, D) of the same images before and after the task.
 
     Two products, of the distances and of the weights, in float64 and O(C N) memory beside the features; the form that
     subtracts every pair takes C N D.

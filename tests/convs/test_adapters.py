@@ -54,7 +54,8 @@ def test_forward_and_gradients_of_the_reference():
         for mode in modes:
             adapter = adapter_of(arrays, key)
             if f"{key}{mode}_mask" in arrays:
-                adapter.dropout = GivenMask(torch.from_numpy(arrays[f"{key}{mode}_mask"]).unflatten(0, (branches + 1, -1)))
+                mask = torch.from_numpy(arrays[f"{key}{mode}_mask"])
+                adapter.dropout = GivenMask(mask.unflatten(0, (branches + 1, -1)))
             x = torch.from_numpy(arrays[f"{key}x"]).requires_grad_()
             replicas = x.unflatten(0, (branches + 1, -1))
             own = adapter.outputs(replicas[:branches], 0, branches)

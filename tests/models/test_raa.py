@@ -198,3 +198,212 @@ def test_total_loss_of_the_reference(tmp_path):
     loss.backward()
     np.testing.assert_allclose(loss.item(), arrays["loss"], atol=1e-12, rtol=0)
     np.testing.assert_allclose(logits.grad.numpy(), arrays["grad"], atol=1e-12, rtol=0)
+
+
+def test_the_task_in_parts(tmp_path):
+    """Merge and freeze: after a task branch 0 is the mean; from the second task on it does not move in training."""
+    manager, learner = build_tiny(tmp_path, "raa", branches=3, epochs=2, ca_epochs=0)
+    for task in manager[:2]:
+        learner.task = task
+        learner.before_task(task)
+        start = [p.detach().clone() for a in learner.adapters for p in a.parameters()]
+        fit(learner, task)
+        trained = [p.detach().clone() for a in learner.adapters for p in a.parameters()]
+        moved = torch.stack([(x != y).flatten(1).any(dim=1) for x, y in zip(start, trained, strict=True)]).any(dim=0)
+        assert moved.tolist() == [task.index == 0, True, True]
+        learner.after_task(task)
+        for now, then in zip((p for a in learner.adapters for p in a.parameters()), trained, strict=True):
+            assert torch.allclose(now[0], then.mean(dim=0), atol=1e-7) and torch.equal(now[1:], then[1:])
+        numbers = sum(p.numel() for p in learner.parameters() if p.requires_grad)
+        share = sum(p[0].numel() for a in learner.adapters for p in a.parameters()) if task.index else 0
+        assert learner.trained_numbers() == numbers - share
+
+
+@pytest.mark.parametrize("sam", [{"rho": 0.05}, None])
+def test_a_frozen_branch_decays_only_when_asked(sam, tmp_path):
+    """Weight decay alone moves it: after n steps of a constant rate it is shorter, in its own direction."""
+    for frozen_decay in (False, True):
+        manager, learner = build_tiny(
+            tmp_path, "raa", epochs=2, ca_epochs=0, optimizer="sgd", weight_decay=0.1, sam=sam,
+            frozen_decay=frozen_decay,
+        )  # fmt: skip
+        if sam is None:
+            learner.config = learner.config.model_copy(update={"sam": None})
+        learn(learner, manager[0])
+        before = learner.adapters[0].down_w[0].detach().clone()
+        learner.task = manager[1]
+        learner.before_task(manager[1])
+        fit(learner, manager[1])
+        after = learner.adapters[0].down_w[0].detach()
+        ratio = after / before
+        assert torch.allclose(ratio, ratio.mean().expand_as(ratio), atol=1e-4)
+        assert bool(ratio.mean() < 0.9999) == frozen_decay and torch.equal(after, before) != frozen_decay
+
+
+def test_old_heads_have_no_gradient_but_decay(tmp_path):
+    manager, learner = build_tiny(tmp_path, "raa", epochs=1, ca_epochs=0, optimizer="sgd", weight_decay=0.1)
+    learn(learner, manager[0])
+    old = learner.network.head.blocks[0].detach().clone()
+    learner.task = manager[1]
+    learner.before_task(manager[1])
+    fit(learner, manager[1])
+    ratio = learner.network.head.blocks[0].detach() / old
+    assert (ratio < 1).all() and torch.allclose(ratio, ratio.mean().expand_as(ratio), atol=1e-5)
+
+
+VARIANTS = {
+    "parameter amalgam": {"amalgam": "parameter"},
+    "branches without amalgam": {"amalgam": "none"},
+    "plain SAM": {"sam": {"rho": 0.05, "damping": 0}},
+    "SSIAT": {"branches": 1, "loss_weight": 1.0},
+    "three branches": {"branches": 3},
+    "never frozen": {"freeze": False},
+    "reference": {"upstream": True, "train_transform": "pad_crop", "normalize": "half"},
+    "arcface": {"margin_kind": "arcface", "margin": 0.1},
+    "no shift": {"shift": False},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_variants_learn(variant, tmp_path):
+    """Flat colours, three tasks of two classes, 24 test images: chance is 4 right, 12 with the task known."""
+    manager, learner = build_tiny(tmp_path, "raa", **VARIANTS[variant])
+    for task in manager:
+        learn(learner, task)
+    correct = evaluate(learner, manager[:])
+    assert correct[1].sum() > 14 and correct[0].sum() > 6
+    assert isinstance(learner.make_optimizer(1)[0], SAM)
+
+
+def test_amalgam_and_branches_weigh_in_the_loss(tmp_path):
+    """By hand: K = 2 replicas with weight 3 as one mean, the amalgam with weight 1."""
+    manager, learner = build_tiny(tmp_path, "raa", loss_weight=3.0, margin=0.2, scale=5.0)
+    learner.task = manager[1]
+    cosines = torch.rand(6, 4) * 2 - 1
+    labels = torch.tensor([0, 1])
+    found = learner.loss(lambda prefix: cosines, None, labels)
+    z = 5 * (cosines[:, 2:] - 0.2 * torch.eye(2)[[0, 1, 0, 1, 0, 1]])
+    each = torch.nn.functional.cross_entropy(z, labels.repeat(3), reduction="none")
+    assert torch.allclose(found, 3 * each[:4].mean() + each[4:].mean())
+
+
+def test_the_prefix_is_computed_once_a_step(tmp_path):
+    """The first block's attention runs once for all replicas and both passes; every other block twice."""
+    manager, learner = build_tiny(tmp_path, "raa", epochs=1)
+    learner.task = manager[0]
+    learner.before_task(manager[0])
+    calls = [0, 0]
+    for layer, block in enumerate(learner.network.blocks):
+        block.attn.register_forward_hook(lambda *_, layer=layer: calls.__setitem__(layer, calls[layer] + 1))
+    fit(learner, manager[0])
+    steps = -(-len(manager[0].train) // learner.config.batch_size)
+    assert calls == [steps, 2 * steps]
+
+
+@pytest.mark.parametrize(("pairs", "passes"), [("aligned", 2), ("upstream", 3)])
+def test_feature_passes_of_a_later_task(pairs, passes, tmp_path, monkeypatch):
+    """Aligned pairs share the pass after training with the statistics."""
+    manager, learner = build_tiny(tmp_path, "raa", shift_pairs=pairs, train_transform="pad_crop", epochs=0)
+    learn(learner, manager[0])
+    seen = []
+    extract = raa.extract_features
+
+    def spy(features, view, *args, **keys):
+        seen.append(extract(features, view, *args, **keys))
+        return seen[-1]
+
+    monkeypatch.setattr(raa, "extract_features", spy)
+    learn(learner, manager[1])
+    assert len(seen) == passes and len(learner.before) == 0
+    same_rows = torch.equal(seen[0][1], seen[1][1])
+    assert same_rows == (pairs == "aligned")
+
+
+def test_the_shift_reaches_old_means_alone(tmp_path, monkeypatch):
+    moved = torch.full((2, 16), 0.5, dtype=torch.float64)
+    monkeypatch.setattr(raa, "mean_shift", lambda means, *_: moved)
+    manager, learner = build_tiny(tmp_path, "raa", epochs=0, ca_samples=8)
+    learn(learner, manager[0])
+    before = learner.gaussians.means.clone()
+    learn(learner, manager[1])
+    assert torch.equal(learner.gaussians.means[:2], before + 0.5) and len(learner.gaussians) == 4
+
+
+def test_tasks_of_classes_in_the_alignment(tmp_path, monkeypatch):
+    """Tasks of 3, 1 and 2 classes: label // 2 is wrong for class 2 and class 3."""
+    for rule, tasks in (("true", [0, 0, 0, 1, 2, 2]), ("upstream", [0, 0, 1, 1, 2, 2])):
+        seen = {}
+
+        def spy(*args, mean_factor, seen=seen, **keys):
+            seen["factor"] = mean_factor
+            return align(*args, mean_factor=mean_factor, **keys)
+
+        monkeypatch.setattr(raa, "align", spy)
+        manager, learner = build_tiny(
+            tmp_path, "raa", task_sizes=[3, 1, 2], increment=None, alignment_task_index=rule, epochs=0, ca_epochs=1
+        )
+        for task in manager:
+            learn(learner, task)
+        expected = 0.9 + 0.1 * (torch.tensor(tasks).double() + 1) / 3
+        assert torch.allclose(seen["factor"], expected)
+
+
+def test_without_alignment_nothing_is_stored(tmp_path):
+    manager, learner = build_tiny(tmp_path, "raa", ca_epochs=0, epochs=1)
+    for task in manager[:2]:
+        learn(learner, task)
+    assert len(learner.gaussians) == len(learner.before) == 0 and learner.statistics_bytes(manager[:]) == 0
+
+
+def test_planned_statistics_are_what_the_state_holds(tmp_path):
+    manager, learner = build_tiny(tmp_path, "raa", epochs=0, ca_epochs=1, ca_samples=8)
+    planned = learner.statistics_bytes(manager[:])
+    for task in manager:
+        learn(learner, task)
+    held = sum(v.numel() * v.element_size() for k, v in learner.state_dict().items() if k.startswith("gaussians."))
+    assert held == planned
+
+
+def test_upstream_brings_the_reference_s_quirks_unless_a_key_is_named(tmp_path):
+    values = tiny_values(tmp_path, "raa", normalize=None, upstream=True)
+    config = config_from(values, "test")
+    assert (config.shift_pairs, config.alignment_task_index, config.frozen_decay, config.normalize) == (
+        "upstream", "upstream", True, "none",
+    )  # fmt: skip
+    config = config_from(values | {"frozen_decay": False, "shift_pairs": "aligned"}, "test")
+    assert (config.shift_pairs, config.alignment_task_index, config.frozen_decay) == ("aligned", "upstream", False)
+    plain = config_from(tiny_values(tmp_path, "raa"), "test")
+    assert (plain.shift_pairs, plain.alignment_task_index, plain.frozen_decay) == ("aligned", "true", False)
+    single = config_from(tiny_values(tmp_path, "raa", branches=1), "test")
+    assert (single.amalgam, single.freeze) == ("none", False)
+
+
+def test_trained_parameters_of_vit_b_are_those_of_the_reference():
+    """2,379,264 in the first task, half of it later."""
+    adapters = [BranchedAdapter(768, 64, 2) for _ in range(12)]
+    numbers = sum(p.numel() for adapter in adapters for p in adapter.parameters())
+    assert numbers == 2_379_264 and sum(p[1:].numel() for a in adapters for p in a.parameters()) == 1_189_632
+
+
+@pytest.mark.parametrize(
+    ("keys", "sentence"),
+    [
+        ({"branches": 1, "amalgam": "upstream"}, '"amalgam" has nothing to mix with "branches": 1'),
+        ({"branches": 1, "freeze": True}, '"freeze" would leave nothing to train'),
+        ({"freeze": False, "frozen_decay": True}, '"frozen_decay" has no effect with "freeze": false'),
+        ({"shift": False, "shift_pairs": "aligned"}, '"shift_pairs" has no effect with "shift": false'),
+        ({"ca_epochs": 0, "ca_lrate": 0.1}, '"ca_lrate" has no effect with "ca_epochs": 0'),
+        ({"amalgam": "output"}, '"amalgam" must be "upstream" | "parameter" | "none", got "output"'),
+        ({"adapter_num": 2}, 'unknown key "adapter_num": it is called "branches" here'),
+        ({"ffn_num": 64}, 'unknown key "ffn_num": it is called "bottleneck" here'),
+        ({"perturb": True}, 'unknown key "perturb": it is called "sam" here'),
+        ({"use_RP": True}, 'unknown key "use_RP": its reference implementation never reads it'),
+        ({"shift_pair": "aligned"}, 'did you mean "shift_pairs"'),
+        ({"scale": 0}, '"scale" must be number > 0, got 0'),
+        ({"backbone": "resnet18", "image_size": 32}, "has no plain transformer blocks; choose a ViT of timm"),
+    ],
+)
+def test_wrong_keys_are_answered(keys, sentence, tmp_path):
+    with pytest.raises(ConfigError) as caught:
+        build_tiny(tmp_path, "raa", **keys)
+    assert sentence in str(caught.value)
