@@ -113,7 +113,7 @@ class SeedRun:
             learner.before_task(task)
         if self.stage in ("start", "fit"):
             self.trainable = self.trainable[: task.index]
-            self.trainable.append(sum(p.numel() for p in learner.parameters() if p.requires_grad))
+            self.trainable.append(learner.trained_numbers())
             resume, self.fit_state = self.fit_state, None
             with self.stop.deferred():
                 self.stage = "fit"

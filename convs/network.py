@@ -29,7 +29,11 @@ class Network(nn.Module):
 
     def features(self, images: Tensor) -> Tensor:
         """(B, 3, s, s) -> (B, D)."""
-        return self.backbone(images if self._plain else (images - self.mean) / self.std)
+        return self.backbone(self.normalised(images))
+
+    def normalised(self, images: Tensor) -> Tensor:
+        """What the backbone expects of pixels in [0, 1]."""
+        return images if self._plain else (images - self.mean) / self.std
 
     def forward(self, images: Tensor) -> Tensor:
         return self.head(self.features(images))

@@ -47,10 +47,16 @@ class Learner(nn.Module):
 
     def build_network(self, make_backbone: MakeBackbone, head: Callable[[int], Head]) -> Network:
         """Backbone + head(feature_dim), normalising as the config says. Keeps `backbone_info` for the results."""
+        return Network(*self.network_parts(make_backbone, head))
+
+    def network_parts(
+        self, make_backbone: MakeBackbone, head: Callable[[int], Head]
+    ) -> tuple[Backbone, Head, tuple[float, ...], tuple[float, ...]]:
+        """What a `Network` is made of, for a learner whose network is a class of its own."""
         backbone, self.backbone_info = make_backbone()
         own = (self.backbone_info.mean, self.backbone_info.std)
         mean, std = own if self.config.normalize == "model" else MEAN_STD[self.config.normalize]
-        return Network(backbone, head(backbone.feature_dim), mean, std)
+        return backbone, head(backbone.feature_dim), mean, std
 
     def before_task(self, task: Task) -> None:
         """Make room for the task's classes: grow heads, freeze, design branches, undo what must not last."""
@@ -118,6 +124,10 @@ class Learner(nn.Module):
     @property
     def weight_decay(self) -> float:
         return self.config.weight_decay_of(self.task.index)
+
+    def trained_numbers(self) -> int:
+        """How many numbers training moves in the task at hand."""
+        return sum(p.numel() for p in self.parameters() if p.requires_grad)
 
     def stored_bytes(self) -> int:
         """What the method keeps between tasks beyond the frozen pre-trained network: everything else in its state."""

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from pydantic_core import PydanticUndefined
+from pydantic_core import PydanticUndefined, to_jsonable_python
 
 from utils.errors import ConfigError, did_you_mean
 
@@ -30,7 +30,16 @@ RENAMED = {
     "optim": "optimizer",
     "data_path": "data_root",
     "lr_decay": "lrate_decay",
+    "perturb": "sam",
+    "rho": "sam",
+    "adapter_num": "branches",
+    "ffn_num": "bottleneck",
+    "ssca": "shift",
+    "ca": "ca_epochs",
 }
+
+# Keys of shipped configs that no line of their reference implementation reads.
+UNREAD = frozenset({"use_RP", "M", "pass", "vpt_type", "prompt_token_num"})
 
 # Keys that change where and how fast a run goes, not what it computes: a resumed run may change them.
 MACHINE_KEYS = frozenset(
@@ -39,6 +48,15 @@ MACHINE_KEYS = frozenset(
         "seed",
     }
 )  # fmt: skip
+
+
+class Sam(BaseModel):
+    """The value of "sam"."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+    rho: Annotated[float, Field(gt=0)] = Field(0.05, description="radius of the ascent")
+    damping: Rate = Field(25.0, description="T of SAM+; 0: plain SAM")
 
 
 class RunConfig(BaseModel):
@@ -118,6 +136,11 @@ class RunConfig(BaseModel):
     milestones: tuple[Count, ...] = Field((), description="epochs at which multistep multiplies by lrate_decay")
     lrate_decay: Annotated[float, Field(gt=0, le=1)] = Field(0.1, description="factor of multistep")
     min_lr: Rate = Field(0.0, description="floor of cosine")
+    sam: Sam | None = Field(
+        None,
+        description="sharpness-aware minimisation: two passes a step, the second at weights that a step of length rho "
+        "uphill has reached; damping T shortens steps along the ascent (SAM+), 0 does not (SAM)",
+    )
 
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:1")
     precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 on CUDA, fp32 on CPU")
@@ -131,6 +154,11 @@ class RunConfig(BaseModel):
     about: dict[str, Any] = Field(
         default_factory=dict, description="note: paper, table row, backbone file, reported value"
     )
+
+    @classmethod
+    def implied(cls, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Values that some of the user's raw values bring along; a key that the user names wins."""
+        return {}
 
     @classmethod
     def conflicts(cls, given: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -230,7 +258,7 @@ def build(cls: type[RunConfig], values: Mapping[str, Any], origin: Mapping[str, 
     """
     faults = [_at(key, sentence, origin) for key, sentence in cls.conflicts(values)]
     try:
-        config = cls.model_validate_json(json.dumps(values))
+        config = cls.model_validate_json(json.dumps(cls.implied(values) | dict(values)))
     except ValidationError as error:
         faults = [*_describe(cls, error, origin), *faults]
     if faults:
@@ -245,8 +273,8 @@ def key_table(cls: type[RunConfig]) -> list[tuple[str, str, str, str]]:
     for key in own + [key for key in cls.model_fields if key in RunConfig.model_fields]:
         field = cls.model_fields[key]
         missing = field.default is PydanticUndefined and field.default_factory is None
-        default = "required" if missing else json.dumps(field.get_default(call_default_factory=True))
-        rows.append((key, allowed(cls, key), default, field.description or ""))
+        value = None if missing else to_jsonable_python(field.get_default(call_default_factory=True))
+        rows.append((key, allowed(cls, key), "required" if missing else json.dumps(value), field.description or ""))
     return rows
 
 
@@ -261,16 +289,21 @@ def json_schema(cls: type[RunConfig], learner: str) -> dict[str, Any]:
 
 def allowed(cls: type[RunConfig], key: str) -> str:
     """What a key accepts, in words: "whole number >= 1 or null"."""
-    return _allowed_by(cls.model_json_schema()["properties"][key])
+    schema = cls.model_json_schema()
+    return _allowed_by(schema["properties"][key], schema.get("$defs", {}))
 
 
-def _allowed_by(schema: Mapping[str, Any]) -> str:
+def _allowed_by(schema: Mapping[str, Any], definitions: Mapping[str, Any]) -> str:
+    if "$ref" in schema:
+        schema = definitions[schema["$ref"].rpartition("/")[2]]
+        inside = [f'"{key}": {_allowed_by(value, definitions)}' for key, value in schema["properties"].items()]
+        return f"object {{{', '.join(inside)}}}"
     if "anyOf" in schema:
-        return " or ".join(_allowed_by(option) for option in schema["anyOf"])
+        return " or ".join(_allowed_by(option, definitions) for option in schema["anyOf"])
     if "enum" in schema:
         return " | ".join(json.dumps(value) for value in schema["enum"])
     if schema.get("type") == "array":
-        return f"list of {_allowed_by(schema.get('items', {}))}"
+        return f"list of {_allowed_by(schema.get('items', {}), definitions)}"
     names = {"integer": "whole number", "boolean": "true | false", "string": "text", "null": "null"}
     text = names.get(schema.get("type", "any"), schema.get("type", "any"))
     bounds = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
@@ -289,19 +322,28 @@ def _describe(cls: type[RunConfig], error: ValidationError, origin: Mapping[str,
             continue
         if item["type"] == "missing":
             faults[key] = f'missing key "{key}": {cls.model_fields[key].description}'
-        elif item["type"] == "extra_forbidden":
-            renamed = f': it is called "{RENAMED[key]}" here' if key in RENAMED else did_you_mean(key, cls.model_fields)
-            faults[key] = f'unknown key "{key}"{renamed or ": --keys LEARNER prints the known ones"}'
+        elif item["type"] == "extra_forbidden" and len(item["loc"]) == 1:
+            faults[key] = f'unknown key "{key}"{_known_as(cls, key)}'
         else:
             value = _value(error, item)
             faults[key] = f'"{key}" must be {allowed(cls, key)}, got {value}'
     return [_at(key, sentence, origin, named=True) for key, sentence in faults.items()]
 
 
+def _known_as(cls: type[RunConfig], key: str) -> str:
+    if key in UNREAD:
+        return ": its reference implementation never reads it; drop the key"
+    if key in RENAMED and RENAMED[key] in cls.model_fields:
+        return f': it is called "{RENAMED[key]}" here'
+    return did_you_mean(key, cls.model_fields) or ": --keys LEARNER prints the known ones"
+
+
 def _value(error: ValidationError, item: Mapping[str, Any]) -> str:
     """The offending value as JSON, with its place when it stands inside a list."""
     place = [str(part) for part in item["loc"][1:] if isinstance(part, int)]
     inside = f" at position {place[0]}" if place else ""
+    if item["type"] == "extra_forbidden":
+        return f'the unknown "{item["loc"][-1]}"'
     return json.dumps(item["input"], default=str) + inside
 
 

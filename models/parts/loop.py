@@ -173,27 +173,42 @@ def count_correct(scores: Tensor, targets: Tensor, classes: range) -> Tensor:
 
 @torch.no_grad()
 def for_each_batch(
-    view: View, function: Callable[[Tensor, Tensor], None], runtime: Runtime, batch_size: int = 256
+    view: View,
+    function: Callable[[Tensor, Tensor], None],
+    runtime: Runtime,
+    batch_size: int = 256,
+    shuffle: int | None = None,
 ) -> None:
     """Call function(images in [0, 1], labels) on each batch of this process's share of the view, under autocast.
 
+    shuffle: a seed of the order and of the augmentation; default: in order, the same augmentation in every pass.
     Sums that the function makes are to be reduced with `runtime.reduce_sum`.
     """
-    rows = np.arange(len(view))[runtime.rank :: runtime.world]
-    batches = [Batch(rows[first : first + batch_size]) for first in range(0, len(rows), batch_size)]
+    rows = _pass_order(view, shuffle)[runtime.rank :: runtime.world]
+    batches = [Batch(rows[first : first + batch_size], shuffle or 0) for first in range(0, len(rows), batch_size)]
     for batch in _loader(view, batches, runtime, batch_size):
         with runtime.autocast():
             function(*runtime.to_device(*_received(batch)))
 
 
 def extract_features(
-    features: Callable[[Tensor], Tensor], view: View, runtime: Runtime, batch_size: int = 256
+    features: Callable[[Tensor], Tensor],
+    view: View,
+    runtime: Runtime,
+    batch_size: int = 256,
+    shuffle: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(features float32 (N, D), labels (N,)) of a view, in its order, on the device of every process."""
+    """(features (N, D), labels (N,)) of a view, in its order or that of `shuffle` (see `for_each_batch`), on the device
+    of every process. Features of less than 32 bits become float32."""
     found: list[Tensor] = []
-    for_each_batch(view, lambda images, _: found.append(features(images).float()), runtime, batch_size)
+
+    def add(images: Tensor, _: Tensor) -> None:
+        rows = features(images)
+        found.append(rows.to(torch.promote_types(rows.dtype, torch.float32)))
+
+    for_each_batch(view, add, runtime, batch_size, shuffle)
     local = torch.cat(found) if found else torch.empty(0, device=runtime.device)
-    labels = torch.from_numpy(view.labels).to(runtime.device)
+    labels = torch.from_numpy(view.labels[_pass_order(view, shuffle)]).to(runtime.device)
     if runtime.world == 1:
         return local, labels
     shares = [share.to(runtime.device) for share in runtime.gather(local.cpu())]
@@ -201,6 +216,12 @@ def extract_features(
     for rank, share in enumerate(shares):
         whole[rank :: runtime.world] = share
     return whole, labels
+
+
+def _pass_order(view: View, shuffle: int | None) -> np.ndarray:
+    """(N,): the rows of a view in the order of a pass."""
+    count = len(view)
+    return np.arange(count) if shuffle is None else np.random.RandomState(shuffle % (1 << 32)).permutation(count)
 
 
 class _Fetch(Dataset):

@@ -1,9 +1,12 @@
 """Losses that several learners share."""
 
 import math
+from typing import Literal
 
 import torch.nn.functional as F
 from torch import Tensor
+
+Margin = Literal["cosface", "arcface", "sphereface"]
 
 
 def slice_cross_entropy(logits: Tensor, targets: Tensor, classes: range) -> Tensor:
@@ -22,3 +25,23 @@ def symmetric_cross_entropy(logits: Tensor, targets: Tensor, ce: float, rce: flo
         return loss
     wrong = logits.softmax(dim=1).clamp(min=1e-7).scatter(1, targets[:, None], 0.0)
     return loss - rce * math.log(1e-4) * wrong.sum(dim=1).mean()
+
+
+def margin_cross_entropy(
+    cosines: Tensor, targets: Tensor, scale: float, margin: float, kind: Margin = "cosface"
+) -> Tensor:
+    """CE(s z', y), where z' is z with the true class's cosine z_y = cos(theta) made smaller by a margin m.
+
+    cosface     z_y - m              (Wang et al., 2018)
+    arcface     cos(theta + m)       (Deng et al., 2019)
+    sphereface  cos(m theta)         (Liu et al., 2017)
+
+    cosines (B, C) in [-1, 1], targets (B,) -> (). Angles are taken of cosines clamped to 1 - 1e-7, where arccos still
+    has a gradient.
+    """
+    if kind == "cosface":
+        true = F.one_hot(targets, cosines.shape[1]).to(cosines.dtype)
+        return F.cross_entropy(scale * (cosines - margin * true), targets)
+    angle = cosines.gather(1, targets[:, None]).clamp(-1 + 1e-7, 1 - 1e-7).acos()
+    moved = (angle + margin if kind == "arcface" else margin * angle).cos()
+    return F.cross_entropy(scale * cosines.scatter(1, targets[:, None], moved), targets)

@@ -1,9 +1,18 @@
-"""Optimisers and learning rate schedules by name."""
+"""Optimisers and learning rate schedules by name; SAM and SAM+ around any of them.
 
-from collections.abc import Iterable
+SAM (Foret et al., 2021, arXiv 2010.01412) with the damped step of RAA (AAAI 2026), "SAM+"; w: all parameters, i: one
+tensor, or one branch of a tensor that stacks branches:
+
+    g1 = grad L(w)      eps = rho g1 / ||g1||      g2 = grad L(w + eps)
+    w_i += k_i u_i,     u: the optimiser's step by g2 at w
+    k_i = min(1, T (1 - exp(cos(-u_i, eps_i) - 1)))          T = 0: k = 1, plain SAM
+"""
+
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, LRScheduler, MultiStepLR
 
@@ -12,14 +21,16 @@ from utils.config import RunConfig
 
 
 def build_optimizer(config: RunConfig, groups: Iterable[dict[str, Any]], fused: bool) -> Optimizer:
-    """config.optimizer over `groups`, each with its own lr and weight_decay.
+    """config.optimizer over `groups`, each with its own lr and weight_decay, inside SAM when config.sam asks for it.
 
     fused: one kernel a step, on CUDA; on a CPU torch's default is as fast.
     """
     groups = list(groups)
     if config.optimizer == "sgd":
-        return SGD(groups, momentum=config.momentum, fused=fused)
-    return (Adam if config.optimizer == "adam" else AdamW)(groups, fused=fused)
+        optimizer: Optimizer = SGD(groups, momentum=config.momentum, fused=fused)
+    else:
+        optimizer = (Adam if config.optimizer == "adam" else AdamW)(groups, fused=fused)
+    return optimizer if config.sam is None else SAM(optimizer, config.sam.rho, config.sam.damping)
 
 
 def build_scheduler(config: RunConfig, optimizer: Optimizer, epochs: int) -> LRScheduler:
@@ -31,10 +42,13 @@ def build_scheduler(config: RunConfig, optimizer: Optimizer, epochs: int) -> LRS
     return ConstantLR(optimizer, factor=1.0)
 
 
-def group(parameters: Iterable[torch.nn.Parameter], lr: float, weight_decay: float) -> dict[str, Any]:
-    """A parameter group of those parameters that train."""
+def group(
+    parameters: Iterable[torch.nn.Parameter], lr: float, weight_decay: float, stacked: bool = False
+) -> dict[str, Any]:
+    """A parameter group of those parameters that train. stacked: each holds several weights along its first dimension,
+    which SAM+ damps one by one."""
     trainable = [parameter for parameter in parameters if parameter.requires_grad]
-    return {"params": trainable, "lr": lr, "weight_decay": weight_decay}
+    return {"params": trainable, "lr": lr, "weight_decay": weight_decay, "stacked": stacked}
 
 
 def backbone_and_head(
@@ -44,3 +58,110 @@ def backbone_and_head(
     backbone = group(network.backbone.parameters(), lr * backbone_factor, weight_decay)
     head = group(network.head.parameters(), lr, weight_decay)
     return [backbone, head] if backbone["params"] else [head]
+
+
+class SAM(Optimizer):
+    """The two passes of SAM around `base`, whose groups and state are its own; `step` needs a closure.
+
+    rho: radius of the ascent, the same norm for all parameters together.  damping: T of SAM+, 0 for plain SAM.
+    Only parameters with a gradient are touched, and k stays on their device: a step reads nothing back, so it costs a
+    few passes over the trained weights beside its two over the network. Gradients are those that the closure leaves,
+    reduced over processes and, under autocast, in the type of the weights.
+    """
+
+    def __init__(self, base: Optimizer, rho: float, damping: float):
+        self.base, self.rho, self.damping = base, rho, damping
+        self.defaults = base.defaults
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        return self.base.param_groups
+
+    @property
+    def state(self) -> Any:  # type: ignore[override]
+        return self.base.state
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self.base.zero_grad(set_to_none)
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.base.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.base.load_state_dict(state_dict)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Tensor]) -> Tensor:  # type: ignore[override]
+        """closure: gradients of the loss at the weights as they are, and the loss. Returns that of the second pass.
+
+        The weights are put back from a copy: adding and subtracting eps would leave a rounding error behind.
+        """
+        gradient_of = torch.enable_grad()(closure)
+        gradient_of()
+        groups = [[p for p in entry["params"] if p.grad is not None] for entry in self.param_groups]
+        parameters = [p for members in groups for p in members]
+        if not parameters:
+            return gradient_of()
+        ascent = [p.grad for p in parameters]
+        start = [p.clone() for p in parameters]
+        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(ascent)))
+        torch._foreach_add_(parameters, torch._foreach_mul(ascent, self.rho / (norm + 1e-16)))
+        loss = gradient_of()
+        torch._foreach_copy_(parameters, start)
+        self.base.step()
+        if self.damping:
+            pairs = zip(self.param_groups, groups, strict=True)
+            stacked = [entry.get("stacked", False) for entry, members in pairs for _ in members]
+            self._damp(parameters, start, ascent, stacked)
+        return loss
+
+    def _damp(
+        self, parameters: list[Tensor], start: list[Tensor], ascent: list[Tensor], stacked: Sequence[bool]
+    ) -> None:
+        """Take back 1 - k of the step from `start`. Its direction is the momentum where there is one: the difference
+        of the weights has lost digits."""
+        moved = torch._foreach_sub(parameters, start)
+        momenta = [self.state[p].get("momentum_buffer") for p in parameters]
+        down = torch._foreach_neg(moved) if any(m is None for m in momenta) else momenta
+        factors = damping_factors(_pieces(down, stacked), _pieces(ascent, stacked), self.damping)
+        torch._foreach_mul_(_pieces(moved, stacked), list(factors))
+        torch._foreach_copy_(parameters, start)
+        torch._foreach_add_(parameters, moved)
+
+
+def damping_factors(down: list[Tensor], ascent: list[Tensor], damping: float) -> Tensor:
+    """(P,): k = min(1, T (1 - exp(c - 1))), c the cosine of two tensors, 0 where one of them is zero; P pairs.
+
+    1 - c is half the squared distance of the two unit vectors: exact near c = 1, the only place where k < 1.
+    """
+    sizes = [torch.stack(torch._foreach_norm(vectors)) for vectors in (down, ascent)]
+    smallest = torch.finfo(sizes[0].dtype).tiny
+    units = [
+        torch._foreach_div(vectors, list(size.clamp(min=smallest)))
+        for vectors, size in zip((down, ascent), sizes, strict=True)
+    ]
+    gap = torch.stack(torch._foreach_norm(torch._foreach_sub(*units))).square() / 2  # 1 - c
+    gap = torch.where((sizes[0] > 0) & (sizes[1] > 0), gap, torch.ones_like(gap))
+    return (-damping * torch.expm1(-gap)).clamp(max=1)
+
+
+def _pieces(tensors: Iterable[Tensor], stacked: Sequence[bool]) -> list[Tensor]:
+    """The tensors, those that stack branches as their branches."""
+    found: list[Tensor] = []
+    for tensor, several in zip(tensors, stacked, strict=True):
+        found += tensor.unbind() if several else [tensor]
+    return found
+
+
+def hold_rows(optimizer: Optimizer, parameters: Sequence[Tensor], count: int) -> None:
+    """The first `count` rows of the parameters stay as they are, whatever the optimiser does to a weight whose gradient
+    is zero: weight decay and momentum move it."""
+    base = optimizer.base if isinstance(optimizer, SAM) else optimizer
+    rows = [parameter.detach()[:count] for parameter in parameters]
+    held = [row.clone() for row in rows]
+
+    def put_back(*_: Any) -> None:
+        with torch.no_grad():
+            torch._foreach_copy_(rows, held)
+
+    base.register_step_post_hook(put_back)

@@ -51,7 +51,8 @@ class ExactRuntime(Runtime):
 
 def in_order(count, batch_size, seed, epoch, rank=0, world=1, start=0):
     """`training_batches` without the shuffling."""
-    return [Batch(np.arange(first, first + batch_size)) for first in range(start * batch_size, count, batch_size)]
+    starts = range(start * batch_size, count, batch_size)
+    return [Batch(np.arange(first, min(first + batch_size, count))) for first in starts]
 
 
 STAGES = {

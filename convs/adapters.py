@@ -1,0 +1,216 @@
+"""K parallel bottleneck adapters in every block of a timm ViT, and their training on replicas of a batch (RAA, SSIAT).
+
+B images, N tokens, D width, b bottleneck, K branches, L blocks. Branch i of a block reads the residual stream x1 after
+attention, without a LayerNorm, beside the MLP:
+
+    x1 = x + attn(ln1 x)        x' = x1 + mlp(ln2 x1) + A_i(x1)        A_i(x) = s (U_i drop(relu(D_i x + c_i)) + e_i)
+
+In training the batch goes through as K + 1 replicas, [branch 0 | ... | branch K-1 | amalgam]. Each block draws in each
+forward pass alpha = u / sum(u), u ~ U(0, 1)^K, and the amalgam's replica gets
+
+    "upstream"     sum_i alpha_i A_i(x1 of replica i)        outputs are mixed, on the branches' own streams
+    "parameter"    A with U, D, c, e = sum_i alpha_i (U_i, D_i, c_i, e_i), on its own stream
+    "none"         there is no such replica
+
+What the replicas share is computed once, for all passes over a batch: the patch embedding and the first block up to its
+adapter depend on nothing that trains (`ReplicaNetwork.prefix`). A frozen branch 0 goes through in a batch of its own
+without gradient. Behind the last attention only the tokens go on that the features are made of.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+
+from convs.backbones import Backbone
+from convs.heads import Head
+from convs.network import Network
+from utils.errors import ConfigError
+
+Amalgam = Literal["upstream", "parameter", "none"]
+
+
+class BranchedAdapter(nn.Module):
+    """The K branches of one block, stacked along the first dimension of each parameter.
+
+    Starts as the zero function: D Kaiming uniform, the rest 0, so the branches differ in D alone.
+    """
+
+    def __init__(self, width: int, bottleneck: int, branches: int, scale: float = 0.1, dropout: float = 0.1):
+        super().__init__()
+        self.down_w = nn.Parameter(torch.empty(branches, bottleneck, width))
+        self.down_b = nn.Parameter(torch.zeros(branches, bottleneck))
+        self.up_w = nn.Parameter(torch.zeros(branches, width, bottleneck))
+        self.up_b = nn.Parameter(torch.zeros(branches, width))
+        for branch in self.down_w.data:
+            nn.init.kaiming_uniform_(branch, a=math.sqrt(5))
+        self.scale = scale
+        self.dropout = nn.Dropout(dropout)
+        self.frozen = 0
+
+    @property
+    def branches(self) -> int:
+        return len(self.down_w)
+
+    def freeze(self, count: int) -> None:
+        """The first `count` branches train no more: their gradients are zero. What else an optimiser does to weights
+        without a gradient, decay and momentum, is the business of `models.parts.optim.hold_rows`."""
+        self.frozen = count
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Branch 0 becomes the mean of all branches; the others stay."""
+        for parameter in self.parameters():
+            parameter[0] = parameter.mean(dim=0)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Branch 0: (B, N, D) -> (B, N, D)."""
+        return self.outputs(tokens[None], 0, 1)[0]
+
+    def outputs(self, tokens: Tensor, first: int, last: int) -> Tensor:
+        """Branches first .. last-1, each on its own tokens, in one batched product: (k, B, N, D) -> (k, B, N, D)."""
+        down_w, down_b, up_w, up_b = (parameter[first:last] for parameter in self._tensors())
+        hidden = torch.baddbmm(down_b[:, None], tokens.flatten(1, 2), down_w.mT).relu()  # (k, B N, b)
+        hidden = self.dropout(hidden.unflatten(1, tokens.shape[1:3])).flatten(1, 2)
+        # The scale goes into the weights: no pass over (k, B, N, D) for it.
+        out = torch.baddbmm(self.scale * up_b[:, None], hidden, self.scale * up_w.mT)
+        return out.view(tokens.shape)
+
+    def amalgam(self, kind: Amalgam, outputs: Sequence[Tensor], tokens: Tensor, alpha: Tensor) -> Tensor:
+        """The amalgam's output (B, N, D) with weights alpha (K,).
+
+        outputs: of all branches on their own streams, (B, N, D) each, read by "upstream"; tokens (B, N, D): of the
+        amalgam's stream, read by "parameter", whose mean gives frozen branches no gradient.
+        """
+        if kind == "upstream":
+            first, *others = [weight * output for weight, output in zip(alpha, outputs, strict=True)]
+            return sum(others, start=first)
+        down_w, down_b, up_w, up_b = (
+            torch.tensordot(alpha, torch.cat([p[: self.frozen].detach(), p[self.frozen :]]), dims=1)
+            for p in self._tensors()
+        )
+        hidden = self.dropout(nn.functional.linear(tokens, down_w, down_b).relu())
+        return nn.functional.linear(hidden, self.scale * up_w, self.scale * up_b)
+
+    def _tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self.down_w, self.down_b, self.up_w, self.up_b
+
+    def get_extra_state(self) -> dict[str, Any]:
+        return {"frozen": self.frozen}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        self.frozen = state["frozen"]
+
+
+class Entered(NamedTuple):
+    """A block before its adapter. tokens: x1, what the adapter reads; passed: x1 + mlp(ln2 x1). Both (..., N, D)."""
+
+    tokens: Tensor
+    passed: Tensor
+
+
+class AdaptedBlock(nn.Module):
+    """A timm block with adapters; it takes over the block's modules, under their names."""
+
+    def __init__(self, block: Any, adapter: BranchedAdapter):
+        super().__init__()
+        self.norm1, self.attn, self.ls1, self.drop_path1 = block.norm1, block.attn, block.ls1, block.drop_path1
+        self.norm2, self.mlp, self.ls2, self.drop_path2 = block.norm2, block.mlp, block.ls2, block.drop_path2
+        self.adapter = adapter
+        self.keep: int | None = None  # leading tokens that leave the block; all of them
+
+    def enter(self, x: Tensor) -> Entered:
+        """(..., N, D), any number of leading dimensions."""
+        flat = x.flatten(0, -3)
+        tokens = (flat + self.drop_path1(self.ls1(self.attn(self.norm1(flat)))))[:, : self.keep]
+        passed = tokens + self.drop_path2(self.ls2(self.mlp(self.norm2(tokens))))
+        leading = x.shape[:-2]
+        return Entered(tokens.unflatten(0, leading), passed.unflatten(0, leading))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Branch 0: (B, N, D) -> (B, N, D), fewer tokens behind the last block."""
+        tokens, passed = self.enter(x)
+        return passed + self.adapter(tokens)
+
+
+def add_adapters(vit: Any, branches: int, bottleneck: int, scale: float, dropout: float) -> list[BranchedAdapter]:
+    """Replace the blocks of a timm ViT by adapted ones and freeze everything else; the adapters, block by block.
+    Adapters that are there already are replaced.
+
+    Raises ConfigError when the backbone has no plain blocks (timm's `Block`).
+    """
+    blocks = list(getattr(vit, "blocks", []))
+    if not blocks or any(type(block) not in (Block, AdaptedBlock) for block in blocks):
+        raise ConfigError("backbone", [f"{type(vit).__name__} has no plain transformer blocks; choose a ViT of timm"])
+    vit.requires_grad_(False)
+    adapted = [AdaptedBlock(b, BranchedAdapter(vit.embed_dim, bottleneck, branches, scale, dropout)) for b in blocks]
+    if vit.global_pool == "token" and getattr(vit, "attn_pool", None) is None:
+        adapted[-1].keep = 1
+    vit.blocks = nn.Sequential(*adapted)
+    return [block.adapter for block in adapted]
+
+
+class ReplicaNetwork(Network):
+    """A network over an adapted ViT. Images give branch 0's logits; a `prefix` gives those of all replicas."""
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        head: Head,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        amalgam: Amalgam = "upstream",
+    ):
+        super().__init__(backbone, head, mean, std)
+        self.amalgam = amalgam
+
+    @property
+    def blocks(self) -> Sequence[AdaptedBlock]:
+        return self.backbone.model.blocks  # type: ignore[return-value]
+
+    def forward(self, inputs: Tensor | Entered) -> Tensor:
+        """Images (B, 3, s, s) -> (B, C), or a prefix of B images -> ((K + 1) B, C), replica after replica."""
+        return self.head(self.features(inputs) if isinstance(inputs, Tensor) else self.replica_features(inputs))
+
+    @torch.no_grad()
+    def prefix(self, images: Tensor) -> Entered:
+        """The first block up to its adapter, which all replicas and passes over a batch share. (B, N, D) each."""
+        vit: Any = self.backbone.model
+        embedded = vit.norm_pre(vit.patch_drop(vit._pos_embed(vit.patch_embed(self.normalised(images)))))
+        return self.blocks[0].enter(embedded)
+
+    def replica_features(self, prefix: Entered) -> Tensor:
+        """Features of [branch 0 | ... | branch K-1 | amalgam], ((K + 1) B, D)."""
+        blocks = self.blocks
+        frozen, branches = blocks[0].adapter.frozen, blocks[0].adapter.branches
+        moving = branches - frozen + (self.amalgam != "none")  # replicas with a gradient
+        still = fixed = x = prefix.tokens.new_empty(0)
+        for number, (block, alpha) in enumerate(zip(blocks, self._mixtures(prefix.tokens), strict=True)):
+            if frozen:
+                with torch.no_grad():
+                    entered = block.enter(still) if number else _repeat(prefix, frozen)
+                    fixed = block.adapter.outputs(entered.tokens, 0, frozen)  # (frozen, B, N, D)
+                    still = entered.passed + fixed
+            entered = block.enter(x) if number else _repeat(prefix, moving)  # (moving, B, N, D)
+            own = block.adapter.outputs(entered.tokens[: branches - frozen], frozen, branches)
+            if self.amalgam != "none":
+                mixed = block.adapter.amalgam(self.amalgam, [*fixed, *own], entered.tokens[-1], alpha)
+                own = torch.cat([own, mixed[None]])
+            x = entered.passed + own
+        vit: Any = self.backbone.model
+        rows = torch.cat([still, x]) if frozen else x
+        return vit.forward_head(vit.norm(rows.flatten(0, 1)))
+
+    def _mixtures(self, like: Tensor) -> Tensor:
+        """(L, K): alpha of each block. Evaluation is not random: the plain mean."""
+        adapter = self.blocks[0].adapter
+        shape = (len(self.blocks), adapter.branches)
+        uniform = torch.rand(shape, device=like.device) if adapter.training else like.new_ones(shape)
+        return (uniform / uniform.sum(dim=1, keepdim=True)).to(like.dtype)
+
+
+def _repeat(entered: Entered, count: int) -> Entered:
+    return Entered(*(part.expand(count, *part.shape) for part in entered))
