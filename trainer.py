@@ -63,6 +63,17 @@ def torch_seed(config: RunConfig) -> int:
     return constant if config.upstream and constant is not None else config.seeds[0]
 
 
+def take_up(learner: Learner, task: Task, state: dict[str, Any]) -> None:
+    """Make a learner what it was when a checkpoint was written, in that task."""
+    learner.task = task
+    learner.load_state_dict(state["learner"])
+    trainable = set(state["requires_grad"])
+    for name, parameter in learner.named_parameters():
+        parameter.requires_grad_(name in trainable)
+    for name, part in learner.parts().items():
+        part.load_state_dict(state["parts"][name])
+
+
 def run_seed(config: RunConfig, folder: Path, runtime: Runtime, resume: bool) -> None:
     """One seed in its own folder. A finished seed is skipped when resuming."""
     _claim(folder, config, resume)
@@ -210,20 +221,15 @@ class SeedRun:
             if stage == "start":
                 write_json(self.folder / "result.json", self.result() | {"finished": False})
             checkpoint.save(state, self.checkpoint)
+            if stage == "start" and self.config.keep_checkpoints == "tasks":
+                checkpoint.keep(self.checkpoint, f"task{self.done}.pt")
 
     def _restore(self) -> int:
         """Take up the checkpoint; the number of epoch lines that belong to it."""
         state = checkpoint.load(self.checkpoint)
-        learner = self.learner
         self.task, self.stage, self.fit_state = state["task"], state["stage"], state["fit"]
         self.done = state["done"]
-        learner.task = self.manager[self.task]
-        learner.load_state_dict(state["learner"])
-        trainable = set(state["requires_grad"])
-        for name, parameter in learner.named_parameters():
-            parameter.requires_grad_(name in trainable)
-        for name, part in learner.parts().items():
-            part.load_state_dict(state["parts"][name])
+        take_up(self.learner, self.manager[self.task], state)
         self.correct = state["correct"].numpy()
         self.stored_bytes, self.trainable = state["stored_bytes"], state["trainable"]
         self.images_trained, self.peak_memory = state["images_trained"], state["peak_memory"]
@@ -289,7 +295,7 @@ class Progress(Observer):
             raise Interrupted("a signal")
 
 
-OUR_FILES = frozenset({"config.json", "train.log", "epochs.jsonl", "result.json", "checkpoint", "plots"})
+OUR_FILES = frozenset({"config.json", "train.log", "epochs.jsonl", "result.json", "checkpoint", "plots", "landscape"})
 
 
 def _claim(folder: Path, config: RunConfig, resume: bool) -> None:
