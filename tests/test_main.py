@@ -1,10 +1,10 @@
 """The command line: what it answers, and that wrong input gets one sentence, exit status 2 and no traceback."""
 
 import json
-import subprocess
-import sys
 import pickle
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np

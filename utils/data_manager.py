@@ -140,7 +140,11 @@ class TaskData:
 
     def first(self, count: int) -> "TaskData":
         """The first `count` images alone."""
-        return replace(self, rows=self.rows[:count], labels=self.labels[:count])
+        return self.take(slice(count))
+
+    def take(self, chosen: np.ndarray | slice) -> "TaskData":
+        """The images at these positions alone."""
+        return replace(self, rows=self.rows[chosen], labels=self.labels[chosen])
 
     def view(self, mode: Mode) -> View:
         return View(self.split, self.rows, self.labels, self.transforms[mode], self.resident)
