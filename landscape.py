@@ -8,7 +8,6 @@ import itertools
 import json
 import logging
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -26,7 +25,7 @@ from models.parts.loop import for_each_batch
 from utils import checkpoint
 from utils import landscape as flat
 from utils.config import RunConfig
-from utils.data_manager import DataManager, Task
+from utils.data_manager import Task
 from utils.errors import ConfigError, UserError
 from utils.factory import saved_config
 from utils.landscape import Landscape, Weights
@@ -120,7 +119,7 @@ def run(
     jobs = []
     for seed in seed_folders(folder):
         found = open_run(seed, overrides or {})
-        target = (output / seed.name if output is not None else seed) / "landscape"
+        target = (output / seed.resolve().name if output is not None else seed) / "landscape"
         wanted = [task for task in tasks or (found.tasks,) if not _done(target, task, settings, resume)]
         for task in wanted:
             _check_task(found, task)
@@ -166,14 +165,11 @@ class SeedLandscape:
 
     def __init__(self, found: FinishedRun, settings: Settings):
         self.run, self.settings = found, settings
-        runtime = Runtime(found.config.device, "fp32", found.config.num_workers)
-        if runtime.world > 1:
+        self.runtime = Runtime(found.config.device, "fp32", found.config.num_workers)
+        if self.runtime.world > 1:
             raise UserError("--landscape runs in one process: start it without torchrun")
-        # The checkpoint brings every weight: the file that the run began with need not be there.
-        config = found.config.model_copy(update={"weights": "random"})
-        self.manager: DataManager
         self.learner: Learner
-        self.manager, self.learner = trainer.prepare(config, runtime)
+        self.manager = trainer.load_data(found.config)
         if (digest := self.manager.data.digest) != found.result["data"]["hash"]:
             raise UserError(
                 f"the data are not those of the run in '{found.folder}': sha256 {digest[:12]} now, "
@@ -194,8 +190,8 @@ class SeedLandscape:
 
     def _measure(self, number: int) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         """(arrays, numbers) of one task."""
-        found, learner = self.run, self.learner
-        images = self._take_up(number)
+        found, images = self.run, self._take_up(number)
+        learner = self.learner
         varied = learner.landscape_parameters()
         if not varied or learner.epochs(learner.task) == 0:
             raise UserError(
@@ -212,7 +208,7 @@ class SeedLandscape:
             "tasks": found.tasks,
             "images": len(images.train),
             "settings": asdict(self.settings),
-            "varied": _by_module(varied),
+            "varied": flat.counts_by_module(varied),
             "last_acc": found.result["last_acc"],
             "branches": len(branches),
         }
@@ -223,14 +219,27 @@ class SeedLandscape:
                 lines, barriers = self._between_branches(varied, branches, losses, bar.update)
                 arrays, numbers = arrays | lines, numbers | barriers
             path, ends = self._path(number, bar.update)  # last: it takes up the weights of another task
-        return arrays | path, numbers | ends
+        arrays, numbers = arrays | path, numbers | ends
+        if wild := [name for name, values in arrays.items() if not np.isfinite(values).all()]:
+            raise UserError(
+                f"task {number}: the loss is not a number somewhere in {', '.join(wild)}: the steps are too long "
+                "(--radius for surface_radius, --rho for sphere, --noise for noise)"
+            )
+        return arrays, numbers
 
     def _take_up(self, number: int) -> Task:
-        """Put the weights after a task in place; that task with the images of its landscape as its training images."""
+        """Make `learner` what it was after a task; that task with the images of its landscape as its training images.
+
+        It is built anew each time, as a resumed run does: only so must a state be able to be loaded.
+        """
         task = self.manager[number - 1]
+        # The checkpoint brings every weight: the file that the run began with need not be there.
+        config = self.run.config.model_copy(update={"weights": "random"})
+        self.learner = trainer.seeded_learner(config, self.runtime)
         trainer.take_up(self.learner, task, checkpoint.load(self.run.weights_after(number)))
         self.learner.eval()
-        return some_images(task, self.settings.images, mix(self.run.config.seeds[0], task.index))
+        chosen = task.train.sample(self.settings.images, mix(self.run.config.seeds[0], task.index))
+        return replace(task, train=chosen)
 
     def _losses(self, task: Task) -> Losses:
         """The learner's loss on the task's training images under the test transform. Each part starts from the same
@@ -238,7 +247,7 @@ class SeedLandscape:
         learner, count = self.learner, len(task.train)
         batches: list[tuple[Tensor, Tensor]] = []
         size = learner.config.test_batch_size
-        for_each_batch(task.train.view("test"), lambda *batch: batches.append(batch), learner.runtime, size)
+        for_each_batch(task.train.view("test"), lambda *batch: batches.append(batch), self.runtime, size)
 
         def part(images: Tensor, targets: Tensor) -> Tensor:
             with torch.random.fork_rng():
@@ -314,7 +323,7 @@ class SeedLandscape:
         losses = self._losses(self._take_up(number - 1))
         state = checkpoint.load(self.run.weights_after(number))["learner"]
         end = {name.removeprefix("network."): value for name, value in state.items() if name.startswith("network.")}
-        moves = changes(self.learner.network.state_dict(), end)
+        moves = flat.changes(self.learner.network.state_dict(), end)
         if moves is None:
             return {}, {"no_path": f"tasks {number - 1} and {number} have different networks: no line joins them"}
         grid = np.linspace(0, 1, self.settings.grid)
@@ -340,32 +349,6 @@ class SeedLandscape:
         around = 2 * grid**2 + SPHERE_STEPS + NOISE_DRAWS + POWER_ITERATIONS + TRACE_PROBES + 3
         between = pairs * (2 * grid - 1) + (grid**2 if branches > 2 else 0)
         return around + between + (0 if self._no_path(number) else 2 * grid)
-
-
-def some_images(task: Task, count: int, seed: int) -> Task:
-    """The task with `count` of its training images (all, where there are fewer), drawn by the seed."""
-    rows = np.random.RandomState(seed % (1 << 32)).permutation(len(task.train))[:count]
-    return replace(task, train=task.train.take(np.sort(rows)))
-
-
-def changes(start: Mapping[str, Any], end: Mapping[str, Any]) -> dict[str, tuple[Tensor, Tensor]] | None:
-    """{name: (tensor of `start`, what `end` adds to it)} for the tensors of a state that differ.
-
-    A head has grown by rows since: those that `start` has not are left out. None: the two are different networks.
-    """
-    found = {}
-    for name, value in start.items():
-        if not (isinstance(value, Tensor) and value.is_floating_point()):
-            continue
-        later = end.get(name)
-        if not isinstance(later, Tensor) or later.shape[1:] != value.shape[1:]:
-            return None
-        if value.dim() and len(later) < len(value):
-            return None
-        change = (later[: len(value)] if value.dim() else later).to(value) - value
-        if change.any():
-            found[name] = value, change
-    return found
 
 
 def _done(target: Path, task: int, settings: Settings, resume: bool) -> bool:
@@ -403,14 +386,6 @@ def _check_task(found: FinishedRun, task: int) -> None:
             f"{lost}. The run did not keep the weights after each task: without --task the landscape after the last "
             f"one, {found.tasks}, is drawn. {KEEP}"
         )
-
-
-def _by_module(varied: Mapping[str, Weights]) -> dict[str, int]:
-    """Numbers varied, by the first two parts of their names: {"network.backbone": 1216896, "network.head": 1290}."""
-    counts: Counter[str] = Counter()
-    for name, weights in varied.items():
-        counts[".".join(name.split(".")[:2])] += weights.value.numel()
-    return dict(counts)
 
 
 def _save_arrays(arrays: dict[str, np.ndarray], file: IO[bytes]) -> None:

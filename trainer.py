@@ -52,9 +52,16 @@ def run(config: RunConfig, folder: Path, resume: bool) -> None:
 
 def prepare(config: RunConfig, runtime: Runtime) -> tuple[DataManager, Learner]:
     """Data first, then the learner, seeded: what both a run and --check begin with."""
-    manager = DataManager(config, config.image_size or input_size(config.backbone))
+    return load_data(config), seeded_learner(config, runtime)
+
+
+def load_data(config: RunConfig) -> DataManager:
+    return DataManager(config, config.image_size or input_size(config.backbone))
+
+
+def seeded_learner(config: RunConfig, runtime: Runtime) -> Learner:
     seed_everything(torch_seed(config))
-    return manager, build_learner(config, runtime)
+    return build_learner(config, runtime)
 
 
 def torch_seed(config: RunConfig) -> int:

@@ -11,7 +11,6 @@ from torch import nn
 
 import main
 import trainer
-from landscape import changes
 from models.base import LEARNERS
 from models.finetune import Finetune
 from tests.conftest import TINY_VIT, tiny_values, write_stream
@@ -261,17 +260,6 @@ def test_keys_at_their_default_do_not_contradict_one_another_in_a_saved_config(t
     assert config.model_dump(mode="json") == json.loads((seed / "config.json").read_text())
 
 
-def test_changes_between_two_states():
-    start = {"w": torch.zeros(2, 3), "same": torch.ones(2), "scale": torch.tensor(1.0), "count": torch.tensor(3)}
-    end = {"w": torch.ones(4, 3), "same": torch.ones(2), "scale": torch.tensor(3.0), "count": torch.tensor(5), "x": 1}
-    found = changes(start, end)
-    assert {name: change.tolist() for name, (_, change) in found.items()} == {"w": [[1] * 3] * 2, "scale": 2}
-    assert found["w"][0] is start["w"]
-    assert changes(start, end | {"w": torch.ones(2, 4)}) is None
-    assert changes(start, end | {"w": torch.ones(1, 3)}) is None
-    assert changes({"gone": torch.zeros(1)}, end) is None
-
-
 def unfinished(out: Path) -> None:
     path = out / "seed1993" / "result.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"finished": False, "curve": [50.0]}))
@@ -352,6 +340,12 @@ def test_folders_that_hold_no_run(tmp_path, capsys):
 def test_several_faults_are_answered_at_once(shared_run, capsys):
     error = refused(capsys, "--landscape", str(shared_run), "--grid", "4", "--rho", "-1", "--images", "-5")
     assert all(part in error for part in ("--grid", "--rho", "--images"))
+
+
+def test_steps_so_long_that_the_loss_is_no_number(shared_run, tmp_path, capsys):
+    command = ["--landscape", str(shared_run), "--output", str(tmp_path), "--radius", "1e30", *SMALL]
+    assert "not a number somewhere in surface_radius: the steps are too long" in refused(capsys, *command)
+    assert not list(tmp_path.rglob("*.npz"))
 
 
 def test_flags_of_the_landscape_alone_are_refused(tmp_path, capsys):

@@ -140,10 +140,11 @@ class TaskData:
 
     def first(self, count: int) -> "TaskData":
         """The first `count` images alone."""
-        return self.take(slice(count))
+        return replace(self, rows=self.rows[:count], labels=self.labels[:count])
 
-    def take(self, chosen: np.ndarray | slice) -> "TaskData":
-        """The images at these positions alone."""
+    def sample(self, count: int, seed: int) -> "TaskData":
+        """`count` of the images, drawn by the seed, in their order; all, where there are fewer."""
+        chosen = np.sort(np.random.RandomState(seed % (1 << 32)).permutation(len(self))[:count])
         return replace(self, rows=self.rows[chosen], labels=self.labels[chosen])
 
     def view(self, mode: Mode) -> View:

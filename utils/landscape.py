@@ -9,8 +9,10 @@ A `Vector` is a list of tensors, one for each entry of the weights and of its sh
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -126,6 +128,14 @@ def rows_of(value: Tensor) -> Tensor:
     return value.flatten(0, -2) if value.dim() < 4 else value.flatten(1)
 
 
+def counts_by_module(varied: Mapping[str, Weights]) -> dict[str, int]:
+    """Numbers varied, by the first two parts of their names: {"network.backbone": 1216896, "network.head": 1290}."""
+    counts: Counter[str] = Counter()
+    for name, weights in varied.items():
+        counts[".".join(name.split(".")[:2])] += weights.value.numel()
+    return dict(counts)
+
+
 def directions(landscape: Landscape, generator: torch.Generator, radius: float | None = None) -> tuple[Vector, Vector]:
     """Two random directions, orthogonal in every row, each row as long as the weights' own row (a row of zeros gets a
     row of zeros), or of length `radius` whatever the weights.
@@ -176,6 +186,26 @@ def barrier(losses: np.ndarray, grid: np.ndarray) -> float:
     """max over 0 <= a <= 1 of L((1 - a) p + a q), less the mean of L(p) and L(q); the grid holds 0 and 1."""
     inside = losses[(grid >= 0) & (grid <= 1)]
     return float(inside.max() - (inside[0] + inside[-1]) / 2)
+
+
+def changes(start: Mapping[str, Any], end: Mapping[str, Any]) -> dict[str, tuple[Tensor, Tensor]] | None:
+    """{name: (tensor of `start`, what `end` adds to it)} for the tensors of a state that differ.
+
+    A head has grown by rows since: those that `start` has not are left out. None: the two are different networks.
+    """
+    found = {}
+    for name, value in start.items():
+        if not (isinstance(value, Tensor) and value.is_floating_point()):
+            continue
+        later = end.get(name)
+        if not isinstance(later, Tensor) or later.shape[1:] != value.shape[1:]:
+            return None
+        if value.dim() and len(later) < len(value):
+            return None
+        change = (later[: len(value)] if value.dim() else later).to(value) - value
+        if change.any():
+            found[name] = value, change
+    return found
 
 
 def sphere_increase(landscape: Landscape, rho: float, steps: int, generator: torch.Generator) -> np.ndarray:

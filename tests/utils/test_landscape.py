@@ -240,3 +240,14 @@ def test_second_derivatives_go_through_a_vision_transformer():
         ahead, behind = (landscape.gradient((step, vector))[1] for step in (1e-5, -1e-5))
     for exact, up, down in zip(product, ahead, behind, strict=True):
         torch.testing.assert_close((up - down) / 2e-5, exact, rtol=1e-4, atol=1e-6)
+
+
+def test_changes_between_two_states():
+    start = {"w": torch.zeros(2, 3), "same": torch.ones(2), "scale": torch.tensor(1.0), "count": torch.tensor(3)}
+    end = {"w": torch.ones(4, 3), "same": torch.ones(2), "scale": torch.tensor(3.0), "count": torch.tensor(5), "x": 1}
+    found = flat.changes(start, end)
+    assert {name: change.tolist() for name, (_, change) in found.items()} == {"w": [[1] * 3] * 2, "scale": 2}
+    assert found["w"][0] is start["w"]
+    assert flat.changes(start, end | {"w": torch.ones(2, 4)}) is None
+    assert flat.changes(start, end | {"w": torch.ones(1, 3)}) is None
+    assert flat.changes({"gone": torch.zeros(1)}, end) is None
