@@ -29,6 +29,17 @@ def parser() -> argparse.ArgumentParser:
     parse.add_argument("--check-weights", metavar="FILE", help="load a weight file into --set backbone=NAME")
     parse.add_argument("--keys", metavar="LEARNER", help="print the config keys of a learner")
     parse.add_argument("--list", action="store_true", help="print learners, data sets, transforms, experiments")
+    parse.add_argument("--landscape", type=Path, metavar="RUN", help="draw the loss around the weights of a finished "
+                       "run: the folder of a seed, or of a run with all its seeds")  # fmt: skip
+    landscape = parse.add_argument_group("with --landscape (docs/landscape.md)")
+    landscape.add_argument(
+        "--task", type=int, nargs="+", metavar="T", help="after these tasks (1, 2, ...); default last"
+    )
+    landscape.add_argument("--images", type=int, metavar="N", help="training images of the task; default 128")
+    landscape.add_argument("--grid", type=int, metavar="N", help="points a side, odd; default 21")
+    landscape.add_argument("--rho", type=float, metavar="R", help="radius of the sphere; default 0.05")
+    landscape.add_argument("--noise", type=float, metavar="R", help="size of the noise over the weights'; default 0.1")
+    landscape.add_argument("--radius", type=float, metavar="R", help="fixed row length of a direction; default 0.5")
     parse.add_argument(
         "--index", type=Path, metavar="DIR", help="write DIR/README.md and DIR/schema/ of the experiments in DIR"
     )
@@ -39,7 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
     parse = parser()
     options = parse.parse_args(arguments)
     wanted = (options.config, options.keys, options.list, options.index, options.check_data, options.check_weights)
-    if not any(wanted):
+    if not any(wanted) and options.landscape is None:
         parse.error("nothing to do: give --config FILE (or --list, --keys LEARNER, --check-data NAME)")
     # After the arguments: torch takes seconds to import, and --help should not.
     from utils.errors import Interrupted, TrainingError, UserError
@@ -60,6 +71,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def act(options: argparse.Namespace) -> int:
     from utils import factory, listing
+    from utils.errors import UserError
 
     if options.list:
         print(listing.everything())
@@ -71,6 +83,10 @@ def act(options: argparse.Namespace) -> int:
         check_weights(options)
     if options.check_data and not check_data(options):
         return 2
+    if options.landscape is not None:
+        draw_landscape(options)
+    elif idle := landscape_flags(options):
+        raise UserError(f"--{next(iter(idle))} has no meaning without --landscape RUN")
     flags = {"seed": options.seed, "device": options.device, "data_root": options.data_root}
     flags = {key: value for key, value in flags.items() if value is not None}
     # All configs are checked before the first one runs.
@@ -93,6 +109,28 @@ def check(config) -> None:
     first = config.with_seed(config.seeds[0])
     manager, learner = trainer.prepare(first, Runtime(config.device, config.precision, config.num_workers))
     print(plan(learner, manager))
+
+
+def landscape_flags(options: argparse.Namespace) -> dict[str, Any]:
+    """What was given of the flags that only --landscape knows."""
+    names = ("task", "images", "grid", "rho", "noise", "radius")
+    return {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+
+
+def draw_landscape(options: argparse.Namespace) -> None:
+    import landscape
+    from utils.errors import UserError
+
+    # What the run was is in its folder.
+    for flag in ("config", "set", "seed", "check"):
+        if getattr(options, flag):
+            raise UserError(f"--{flag} has no meaning with --landscape: the run's own config is used")
+    machine = {"device": options.device, "data_root": options.data_root}
+    overrides = {key: value for key, value in machine.items() if value is not None}
+    given = landscape_flags(options)
+    tasks = given.pop("task", None)
+    settings = landscape.Settings(**given)
+    landscape.run(options.landscape, settings, tasks, overrides, options.output, options.resume)
 
 
 def check_data(options: argparse.Namespace) -> bool:

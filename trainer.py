@@ -52,15 +52,33 @@ def run(config: RunConfig, folder: Path, resume: bool) -> None:
 
 def prepare(config: RunConfig, runtime: Runtime) -> tuple[DataManager, Learner]:
     """Data first, then the learner, seeded: what both a run and --check begin with."""
-    manager = DataManager(config, config.image_size or input_size(config.backbone))
+    return load_data(config), seeded_learner(config, runtime)
+
+
+def load_data(config: RunConfig) -> DataManager:
+    return DataManager(config, config.image_size or input_size(config.backbone))
+
+
+def seeded_learner(config: RunConfig, runtime: Runtime) -> Learner:
     seed_everything(torch_seed(config))
-    return manager, build_learner(config, runtime)
+    return build_learner(config, runtime)
 
 
 def torch_seed(config: RunConfig) -> int:
     """The seed of a single-seed config; with "upstream", the constant that some references seed torch with."""
     constant = LEARNERS[config.model_name].upstream_seed
     return constant if config.upstream and constant is not None else config.seeds[0]
+
+
+def take_up(learner: Learner, task: Task, state: dict[str, Any]) -> None:
+    """Make a learner what it was when a checkpoint was written, in that task."""
+    learner.task = task
+    learner.load_state_dict(state["learner"])
+    trainable = set(state["requires_grad"])
+    for name, parameter in learner.named_parameters():
+        parameter.requires_grad_(name in trainable)
+    for name, part in learner.parts().items():
+        part.load_state_dict(state["parts"][name])
 
 
 def run_seed(config: RunConfig, folder: Path, runtime: Runtime, resume: bool) -> None:
@@ -212,20 +230,15 @@ class SeedRun:
             if stage == "start":
                 write_json(self.folder / "result.json", self.result() | {"finished": False})
             checkpoint.save(state, self.checkpoint)
+            if stage == "start" and self.config.keep_checkpoints == "tasks":
+                checkpoint.keep(self.checkpoint, f"task{self.done}.pt")
 
     def _restore(self) -> int:
         """Take up the checkpoint; the number of epoch lines that belong to it."""
         state = checkpoint.load(self.checkpoint)
-        learner = self.learner
         self.task, self.stage, self.fit_state = state["task"], state["stage"], state["fit"]
         self.done = state["done"]
-        learner.task = self.manager[self.task]
-        learner.load_state_dict(state["learner"])
-        trainable = set(state["requires_grad"])
-        for name, parameter in learner.named_parameters():
-            parameter.requires_grad_(name in trainable)
-        for name, part in learner.parts().items():
-            part.load_state_dict(state["parts"][name])
+        take_up(self.learner, self.manager[self.task], state)
         self.correct = state["correct"].numpy()
         self.stored_bytes, self.trainable = state["stored_bytes"], state["trainable"]
         self.images_trained, self.peak_memory = state["images_trained"], state["peak_memory"]
@@ -291,7 +304,7 @@ class Progress(Observer):
             raise Interrupted("a signal")
 
 
-OUR_FILES = frozenset({"config.json", "train.log", "epochs.jsonl", "result.json", "checkpoint", "plots"})
+OUR_FILES = frozenset({"config.json", "train.log", "epochs.jsonl", "result.json", "checkpoint", "plots", "landscape"})
 
 
 def _claim(folder: Path, config: RunConfig, resume: bool) -> None:

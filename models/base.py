@@ -6,7 +6,7 @@ checkpoints. Order in one task:
     before_task -> [prepare -> loss -> after_backward -> after_step]* -> after_epoch ... -> after_task -> predict
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from data.transforms import MEAN_STD
 from models.parts.optim import build_optimizer, build_scheduler, group
 from utils.config import RunConfig
 from utils.data_manager import Task, View
+from utils.landscape import Weights
 from utils.registry import Registry
 from utils.runtime import Runtime
 
@@ -112,6 +113,20 @@ class Learner(nn.Module):
     def predict(self, images: Tensor) -> Tensor:
         """(B, 3, s, s) in [0, 1] -> scores of all classes seen (B, C); must not depend on the rest of the batch."""
         return self.network(images)
+
+    def landscape_parameters(self) -> dict[str, Weights]:
+        """After a task, what --landscape varies, by name; default: every weight that trained in the task."""
+        return {name: Weights(p) for name, p in self.named_parameters() if p.requires_grad}
+
+    def landscape_branches(self) -> Sequence[Mapping[str, Weights]]:
+        """Sets of weights trained side by side, under the names of `landscape_parameters`, into whose place each of
+        them can be put: --landscape draws the loss between them. Default: there are none."""
+        return ()
+
+    def landscape_loss(self, images: Tensor, targets: Tensor) -> Tensor:
+        """The loss that --landscape draws, in evaluation mode; default: the training loss. `self.task` may be an older
+        task than the head's last."""
+        return self.loss(self.network, *self.prepare(images, targets))
 
     def parts(self) -> dict[str, Any]:
         """Objects with state_dict and load_state_dict that are no modules; saved and restored with the learner."""

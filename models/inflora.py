@@ -158,7 +158,8 @@ class InfLoRA(Learner):
         return optimizer, LambdaLR(optimizer, lambda epoch: lagging_cosine(epoch, epochs))
 
     def loss(self, net: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
-        own = net(images)[:, -len(self.task.classes) :]  # the task's own head
+        first = sum(self._heads.sizes[: self.task.index])
+        own = net(images)[:, first : first + len(self.task.classes)]  # the task's own head
         return F.cross_entropy(own, targets - self.task.classes.start)
 
     def after_epoch(self, epoch: int) -> dict[str, float]:

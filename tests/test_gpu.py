@@ -38,3 +38,15 @@ def test_fp32_agrees_with_the_cpu(tmp_path):
     torch.backends.cuda.matmul.allow_tf32 = False
     cpu, cuda = (run(tmp_path, device, device=device, **keys) for device in ("cpu", "cuda"))
     assert abs(cpu["last_acc"] - cuda["last_acc"]) <= 100 / 24 + 1e-9, "at most one of 24 images"
+
+
+def test_the_landscape_agrees_with_the_cpu(tmp_path):
+    """Same weights, images and directions on both; the small numbers of curvature to a few per cent."""
+    run(tmp_path, "out", device="cpu", precision="fp32")
+    found = []
+    for device in ("cpu", "cuda"):
+        command = ["--landscape", str(tmp_path / "out"), "--grid", "3", "--output", str(tmp_path / device)]
+        assert main.main([*command, "--device", device]) == 0
+        found.append(json.loads((tmp_path / device / "seed1993" / "landscape" / "task3.json").read_text()))
+    for key in ("loss", "gradient_norm", "sharpness_10", "top_eigenvalue"):
+        assert found[1][key] == pytest.approx(found[0][key], rel=0.03)

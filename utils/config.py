@@ -44,8 +44,8 @@ UNREAD = frozenset({"use_RP", "M", "pass", "vpt_type", "prompt_token_num"})
 # Keys that change where and how fast a run goes, not what it computes: a resumed run may change them.
 MACHINE_KEYS = frozenset(
     {
-        "device", "num_workers", "data_root", "cache", "cache_root", "strict_data", "checkpoint_minutes", "about",
-        "seed",
+        "device", "num_workers", "data_root", "cache", "cache_root", "strict_data", "checkpoint_minutes",
+        "keep_checkpoints", "about", "seed",
     }
 )  # fmt: skip
 
@@ -149,6 +149,9 @@ class RunConfig(BaseModel):
     eval_every: Whole = Field(0, description="evaluate every so many epochs inside a task; 0: after each task only")
     checkpoint_minutes: Annotated[float, Field(gt=0)] = Field(
         10.0, description="minutes between checkpoints inside a task; one is always written after a task"
+    )
+    keep_checkpoints: Literal["last", "tasks"] = Field(
+        "last", description='"tasks": also the one after each task, which --landscape draws the path between tasks from'
     )
     upstream: bool = Field(False, description="reproduce the quirks of the reference implementation")
     about: dict[str, Any] = Field(
@@ -264,6 +267,16 @@ def build(cls: type[RunConfig], values: Mapping[str, Any], origin: Mapping[str, 
     if faults:
         raise ConfigError(source, faults)
     return config
+
+
+def written_keys(cls: type[RunConfig], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a saved config, which holds every key: those whose value is not the default."""
+    defaults = {
+        key: json.loads(json.dumps(field.get_default(call_default_factory=True)))
+        for key, field in cls.model_fields.items()
+        if not field.is_required()
+    }
+    return {key: value for key, value in values.items() if key not in defaults or defaults[key] != value}
 
 
 def key_table(cls: type[RunConfig]) -> list[tuple[str, str, str, str]]:

@@ -142,6 +142,11 @@ class TaskData:
         """The first `count` images alone."""
         return replace(self, rows=self.rows[:count], labels=self.labels[:count])
 
+    def sample(self, count: int, seed: int) -> "TaskData":
+        """`count` of the images, drawn by the seed, in their order; all, where there are fewer."""
+        chosen = np.sort(np.random.RandomState(seed % (1 << 32)).permutation(len(self))[:count])
+        return replace(self, rows=self.rows[chosen], labels=self.labels[chosen])
+
     def view(self, mode: Mode) -> View:
         return View(self.split, self.rows, self.labels, self.transforms[mode], self.resident)
 

@@ -12,7 +12,7 @@ from convs.backbones import make_backbone
 from data.sources import SOURCES
 from data.transforms import RECIPES
 from models.base import LEARNERS, Learner
-from utils.config import RunConfig, build, parse_set, read_json
+from utils.config import RunConfig, build, parse_set, read_json, written_keys
 from utils.errors import ConfigError
 from utils.registry import Registry
 from utils.runtime import Runtime
@@ -30,6 +30,18 @@ def load_config(path: str, assignments: list[str] | None = None, overrides: Mapp
     given = parse_set(assignments or []) | dict(overrides or {})
     origin = {key: "from the command line" for key in given}
     return config_from(values | given, source=path, origin=origin)
+
+
+def saved_config(path: Path, overrides: Mapping[str, Any]) -> RunConfig:
+    """The config that a run left in its folder, with values of command line flags.
+
+    The file holds every key. Those at their default are left out again: whether two keys contradict one another is
+    asked of what a user wrote.
+    """
+    values = read_json(path)
+    name = values.get("model_name")
+    cls = LEARNERS[name].Config if isinstance(name, str) and name in LEARNERS else RunConfig
+    return config_from(written_keys(cls, values) | dict(overrides), source=str(path))
 
 
 def config_from(values: Mapping[str, Any], source: str, origin: Mapping[str, str] | None = None) -> RunConfig:
