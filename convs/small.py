@@ -1,4 +1,4 @@
-"""Convolutional networks for small images, as the published CIFAR variants of the designs: stride-1 stems, few poolings.
+"""Convolutional networks for small images, as the CIFAR variants of the designs: stride-1 stems, few poolings.
 
 Each is a plain module without its classifier: images (B, 3, s, s) -> features (B, num_features). Adaptive pooling lets
 every one run at 32, 64 and 224 px. Sources: LeNet-5 (LeCun et al., 1998), AlexNet (Krizhevsky et al., 2012), VGG-16
@@ -9,6 +9,7 @@ al., 2020); ResNet-18 and DenseNet-121 are timm's with another stem.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import timm
 import torch
@@ -153,7 +154,7 @@ class _Grouped(nn.Module):
 
 
 class _PreActivatedSE(nn.Module):
-    """BN-ReLU-3x3 twice, the result weighted by channel (squeeze 1/16), plus the shortcut taken after the first ReLU."""
+    """BN-ReLU-3x3 twice, weighted by channel (squeeze 1/16), plus the input, projected after the first ReLU."""
 
     def __init__(self, inputs: int, outputs: int, stride: int):
         super().__init__()
@@ -223,7 +224,7 @@ def regnetx_200mf() -> Residual:
 
 def resnet18() -> nn.Module:
     """timm's ResNet-18 with a 3x3 stem of stride 1 and no pooling after it."""
-    model = timm.create_model("resnet18", num_classes=0)
+    model: Any = timm.create_model("resnet18", num_classes=0)
     model.conv1, model.maxpool = nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.Identity()
     nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
     return model
@@ -231,7 +232,7 @@ def resnet18() -> nn.Module:
 
 def densenet121() -> nn.Module:
     """timm's DenseNet-121 with a bare 3x3 stem of stride 1."""
-    model = timm.create_model("densenet121", num_classes=0)
+    model: Any = timm.create_model("densenet121", num_classes=0)
     model.features.conv0 = nn.Conv2d(3, 64, 3, 1, 1, bias=False)
     model.features.norm0, model.features.pool0 = nn.Identity(), nn.Identity()
     return model

@@ -156,6 +156,11 @@ class RunConfig(BaseModel):
         if given.get("shuffle") is False and given.get("class_order_seed") is not None:
             yield "class_order_seed", 'has no effect with "shuffle": false: drop one of the two'
 
+    @classmethod
+    def implied(cls, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Values that the given ones imply for keys that are not given; given: raw, unchecked."""
+        return {}
+
     @property
     def seeds(self) -> tuple[int, ...]:
         return self.seed if isinstance(self.seed, tuple) else (self.seed,)
@@ -232,7 +237,7 @@ def build(cls: type[RunConfig], values: Mapping[str, Any], origin: Mapping[str, 
     """
     faults = [_at(key, sentence, origin) for key, sentence in cls.conflicts(values)]
     try:
-        config = cls.model_validate_json(json.dumps(values))
+        config = cls.model_validate_json(json.dumps(cls.implied(values) | dict(values)))
     except ValidationError as error:
         faults = [*_describe(cls, error, origin), *faults]
     if faults:

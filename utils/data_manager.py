@@ -206,7 +206,7 @@ class Task:
     @property
     def num_classes(self) -> int:
         """Classes of the whole stream."""
-        return self.stream[-1].total_classes if self.stream else self.total_classes
+        return self.stream[len(self.stream) - 1].total_classes if self.stream else self.total_classes
 
 
 class DataManager(Sequence[Task]):

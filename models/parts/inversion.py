@@ -127,6 +127,8 @@ class Taps:
         """The channel axis follows from the type of the layer: maps (B, D, h, w), tokens (B, n, D) or (B, h, w, D)."""
         last = isinstance(layer, nn.LayerNorm) and not any("2d" in cls.__name__ for cls in type(layer).__mro__)
         values = values if last else values.movedim(1, -1)
+        if values.dtype in (torch.bfloat16, torch.float16):
+            values = values.float()
         if self.ln_norm and isinstance(layer, nn.LayerNorm):
             values = F.layer_norm(values, values.shape[-1:], eps=layer.eps)
         if not (last and self.prefix and values.dim() == 3):
@@ -148,9 +150,7 @@ def pool_moments(first: Moments, second: Moments, weight: float) -> Moments:
 
 def statistics_loss(found: Moments, targets: Moments) -> Tensor:
     """sum_l ||var_l - var*_l||_2 + ||mean_l - mean*_l||_2 over the taps: un-squared, unweighted."""
-    terms = [
-        (var - targets[name][1]).norm() + (mean - targets[name][0]).norm() for name, (mean, var) in found.items()
-    ]
+    terms = [(var - targets[name][1]).norm() + (mean - targets[name][0]).norm() for name, (mean, var) in found.items()]
     return torch.stack(terms).sum()
 
 
@@ -166,7 +166,7 @@ def total_variation(images: Tensor) -> Tensor:
 @dataclass(frozen=True)
 class InversionSettings:
     """Weights as in the formula; steps and warmup in optimiser steps. jitter: pixels by which the batch is rolled, at
-    random, before the teacher sees it; 0: not. per_layer: R is divided by the number of taps. smoothing: of the labels."""
+    random, before the teacher sees it; 0: not. per_layer: R is divided by the number of taps. smoothing: of labels."""
 
     steps: int
     lrate: float
@@ -184,6 +184,21 @@ class InversionSettings:
             return self.lrate * (step + 1) / self.warmup
         span = self.steps - self.warmup
         return self.lrate / 2 * (1 + math.cos(math.pi * ((step - self.warmup) / span if span > 0 else 1.0)))
+
+
+class StoredMoments:
+    """The targets of one teacher, measured when its task ended. A part: put it in `Learner.parts`."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.values: Moments = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {name: torch.stack(pair) for name, pair in self.values.items()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        pairs = {name: value.to(self.device) for name, value in state.items()}
+        self.values = {name: (mean, var) for name, (mean, var) in pairs.items()}
 
 
 Watch = Callable[[int, dict[str, Tensor]], None]
@@ -220,7 +235,7 @@ class Inversion:
         first = 0
         if self._progress:
             optimizer.load_state_dict(self._progress["optimizer"])
-            first = self._progress["step"]
+            first = int(self._progress["step"])
             with torch.no_grad():
                 images.copy_(self._progress["images"])
         # Step `steps` is counted in: its rate is 0 after a warm-up, and a pass that changes nothing is dropped.
@@ -269,7 +284,7 @@ class Inversion:
 
 
 def label_plan(count: int, classes: int, generator: torch.Generator) -> Tensor:
-    """count // classes labels of each class 0..classes-1, shuffled; fewer images than classes: some classes, one each."""
+    """count // classes labels of each class 0..classes-1, shuffled; with fewer images than classes some, one each."""
     each = count // classes
     if each == 0:
         return torch.randperm(classes, generator=generator)[:count]

@@ -36,10 +36,10 @@ class Selection:
         self.epoch, self._accepted, self._kept = epoch, score, _on_cpu(network)
         return True
 
-    def finish(self, network: nn.Module) -> None:
-        """Make `network` the chosen one; `recall_last` takes it back."""
+    def finish(self, network: nn.Module, keep_last: bool = False) -> None:
+        """Make `network` the chosen one; with keep_last `recall_last` can take it back."""
         if self._kept:
-            self._last = _on_cpu(network)
+            self._last = _on_cpu(network) if keep_last else {}
             network.load_state_dict(self._kept)
             self._kept = {}
 

@@ -63,7 +63,8 @@ class FixedTargets:
     Only dropout makes the answer random; then `again` asks anew. A part: `state_dict` holds batch and answer.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device):
+        self.device = device
         self.images: Tensor | None = None  # (n, 3, s, s)
         self.logits: Tensor | None = None  # (n, K)
         self._batch: dict[str, Tensor] = {}  # running statistics that the batch alone would leave, by name
@@ -103,13 +104,10 @@ class FixedTargets:
         return {"images": self.images, "logits": self.logits, "batch": self._batch}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Tensors go where `to` says, later: a checkpoint is read on the CPU."""
-        self.images, self.logits, self._batch = state["images"], state["logits"], dict(state["batch"])
-
-    def to(self, device: torch.device) -> None:
-        if self.images is not None and self.logits is not None:
-            self.images, self.logits = self.images.to(device), self.logits.to(device)
-            self._batch = {name: value.to(device) for name, value in self._batch.items()}
+        self.clear()
+        if state["images"] is not None:
+            self.images, self.logits = state["images"].to(self.device), state["logits"].to(self.device)
+            self._batch = {name: value.to(self.device) for name, value in state["batch"].items()}
 
 
 def is_random(network: nn.Module) -> bool:

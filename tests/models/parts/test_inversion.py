@@ -155,7 +155,7 @@ def test_a_whole_inversion(name):
 
 @pytest.mark.parametrize("name", ["qdi_batchnorm", "qdi_convstats"])
 def test_an_interrupted_inversion_goes_on_to_the_same_images(name):
-    class Stop(Exception):
+    class StopError(Exception):
         pass
 
     stored = Stored(name)
@@ -166,9 +166,9 @@ def test_an_interrupted_inversion_goes_on_to_the_same_images(name):
 
     def stop_after_eleven() -> None:
         if cut.state_dict()["step"] == 11:
-            raise Stop
+            raise StopError
 
-    with pytest.raises(Stop):
+    with pytest.raises(StopError):
         cut.run(*arguments, seed=3, safe_point=stop_after_eleven)
     saved = cut.state_dict()
     again = Inversion(settings)
