@@ -3,6 +3,8 @@
 import json
 import logging
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from utils.errors import Interrupted, UserError
 from utils.factory import build_learner
 from utils.interrupt import StopSignal
 from utils.metrics import summarise
-from utils.plots import plot_run, plot_seeds
+from utils.plots import plot_images, plot_run, plot_seeds
 from utils.results import (
     EpochLog,
     curve_text,
@@ -128,7 +130,11 @@ class SeedRun:
         learner, self.task = self.learner, task.index
         learner.task = task
         if self.stage == "start":
+            learner.restartable = self.restartable
             learner.before_task(task)
+            if self.runtime.is_main:
+                for name, images in learner.pictures().items():
+                    plot_images(images.cpu().numpy(), self.folder / "plots" / f"{name}.png")
         if self.stage in ("start", "fit"):
             self.trainable = self.trainable[: task.index]
             self.trainable.append(learner.trained_numbers())
@@ -157,6 +163,7 @@ class SeedRun:
         config, manager, info = self.config, self.manager, self.learner.backbone_info
         return {
             **summarise(self.correct[0, :done, :tested], self.correct[1, :done, :tested], counts),
+            **self.learner.results(),
             "finished": done == len(manager),
             "tasks": len(manager),
             "task_sizes": manager.task_sizes,
@@ -195,8 +202,21 @@ class SeedRun:
         log.info("%s", curve_text(result))
         log.info("results in %s", self.folder)
 
-    def save_inside_task(self, fit_state: Fit) -> None:
-        self._save("fit", fit_state.state_dict())
+    @contextmanager
+    def restartable(self) -> Iterator[Callable[[], None]]:
+        """A long stage of `before_task`: a signal is obeyed at its safe points, after saving. What is saved is the
+        start of the task, with the progress that the learner's parts hold."""
+        with self.stop.deferred():
+            yield lambda: self.save_if_due("start")
+
+    def save_if_due(self, stage: str, fit_state: Fit | None = None) -> None:
+        """Save by the clock or on a signal, and stop on a signal; all processes agree on both."""
+        due = time.perf_counter() - self.saved_at > 60 * self.config.checkpoint_minutes
+        stop = self.runtime.any(self.stop.requested)
+        if stop or self.runtime.any(due):
+            self._save(stage, None if fit_state is None else fit_state.state_dict())
+        if stop:
+            raise Interrupted("a signal")
 
     def _save(self, stage: str, fit_state: dict[str, Any] | None = None) -> None:
         """Write the checkpoint, and result.json after a task.
@@ -273,7 +293,7 @@ class Progress(Observer):
             self.bar.update()
         agreed = run.runtime.world == 1 or fit_state.step % self.AGREE_EVERY == 0
         if agreed and fit_state.step < self.batches:  # at the end of the epoch `epoch_done` does it
-            self._save_if_due(fit_state)
+            run.save_if_due("fit", fit_state)
 
     def epoch_done(self, fit_state: Fit, numbers: dict[str, float]) -> None:
         run, config, task = self.run, self.run.config, self.task
@@ -291,17 +311,7 @@ class Progress(Observer):
                  _duration(left), extra)  # fmt: skip
         if run.runtime.is_main:
             run.epochs.append(line)
-        self._save_if_due(fit_state)
-
-    def _save_if_due(self, fit_state: Fit) -> None:
-        """Save by the clock or on a signal, and stop on a signal; all processes agree on both."""
-        run = self.run
-        due = time.perf_counter() - run.saved_at > 60 * run.config.checkpoint_minutes
-        stop = run.runtime.any(run.stop.requested)
-        if stop or run.runtime.any(due):
-            run.save_inside_task(fit_state)
-        if stop:
-            raise Interrupted("a signal")
+        run.save_if_due("fit", fit_state)
 
 
 OUR_FILES = frozenset({"config.json", "train.log", "epochs.jsonl", "result.json", "checkpoint", "plots", "landscape"})

@@ -179,7 +179,7 @@ class ReplicaNetwork(Network):
     def prefix(self, images: Tensor) -> Entered:
         """The first block up to its adapter, which all replicas and passes over a batch share. (B, N, D) each."""
         vit: Any = self.backbone.model
-        embedded = vit.norm_pre(vit.patch_drop(vit._pos_embed(vit.patch_embed(self.normalised(images)))))
+        embedded = vit.norm_pre(vit.patch_drop(vit._pos_embed(vit.patch_embed(self.normalise(images)))))
         return self.blocks[0].enter(embedded)
 
     def replica_features(self, prefix: Entered) -> Tensor:

@@ -1,6 +1,7 @@
-"""Any timm model, or the bundled small ViT, as a feature extractor of known width.
+"""Any timm model, the bundled small ViT, or a network for small images, as a feature extractor of known width.
 
-`backbone` in a config is a full timm tag ("vit_base_patch16_224.augreg_in21k"), "small_vit", or an object
+`backbone` in a config is a full timm tag ("vit_base_patch16_224.augreg_in21k"), "small_vit", a name of convs/small.py
+("small_lenet"; random weights unless `weights` names a file), or an object
 {"name": "vit" | timm architecture, ...constructor arguments}; `weights` is a file, "random", or absent (the tag's own).
 """
 
@@ -12,6 +13,7 @@ from typing import Any
 import timm
 from torch import Tensor, nn
 
+from convs.small import SMALL
 from convs.weights import RANDOM, LoadReport, load_weights
 from utils.errors import ConfigError, UserError, WeightsError, did_you_mean
 
@@ -51,7 +53,7 @@ def make_backbone(spec: str | Mapping[str, Any], weights: str | None, image_size
     """
     model: Any = _construct(spec, image_size, pretrained=weights is None)
     name = spec if isinstance(spec, str) else str(spec["name"])
-    if weights == "random":
+    if weights == "random" or (weights is None and name in SMALL):
         report = RANDOM
     elif weights is not None:
         report = load_weights(model, Path(weights).expanduser())
@@ -104,6 +106,8 @@ def input_size(spec: str | Mapping[str, Any]) -> int:
     name, arguments = _split(spec)
     if isinstance(size := arguments.get("img_size") or NAMED.get(name, {}).get("img_size"), int):
         return size
+    if name in SMALL:
+        return 32
     if name == "vit":
         return 224  # timm's own default
     _check_name(name, pretrained=False)
@@ -117,6 +121,10 @@ def _construct(spec: str | Mapping[str, Any], image_size: int | None, pretrained
 
     name, arguments = _split(spec)
     pretrained &= isinstance(spec, str)
+    if name in SMALL:
+        if arguments:
+            raise ConfigError("backbone", [f'"{name}" takes no arguments, got {", ".join(arguments)}'])
+        return SMALL[name](image_size or input_size(spec))
     if image_size is not None and name not in NAMED and not arguments.get("img_size"):
         arguments |= _size_argument(name, image_size)
     try:
@@ -147,7 +155,7 @@ def _check_name(name: str, pretrained: bool) -> None:
     """A bare architecture name means different files under different timm versions: ask for the tag."""
     architecture, dot, tag = name.partition(".")
     if not timm.is_model(architecture):
-        near = did_you_mean(architecture, [*timm.list_models(), *NAMED, "vit"])
+        near = did_you_mean(architecture, [*timm.list_models(), *NAMED, *SMALL, "vit"])
         raise ConfigError("backbone", [f'unknown backbone "{name}"{near or "; --list shows what can be named"}'])
     tags = [full for full in timm.list_pretrained(f"{architecture}.*") if full.startswith(architecture + ".")]
     if dot and name not in tags:

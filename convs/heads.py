@@ -14,10 +14,14 @@ from torch import Tensor, nn
 
 
 class LinearHead(nn.Module):
-    """z = W f + b, one matrix. New rows: Kaiming uniform (linear gain), bias 0; old rows are copied."""
+    """z = W f + b, one matrix. New rows: Kaiming uniform (linear gain), bias 0; old rows are copied.
 
-    def __init__(self, feature_dim: int):
+    init "torch": new rows and biases as `nn.Linear` draws them, uniform in +-1/sqrt(D).
+    """
+
+    def __init__(self, feature_dim: int, init: Literal["kaiming", "torch"] = "kaiming"):
         super().__init__()
+        self.init = init
         self.weight = nn.Parameter(torch.empty(0, feature_dim))
         self.bias = nn.Parameter(torch.empty(0))
 
@@ -31,9 +35,15 @@ class LinearHead(nn.Module):
         if new <= 0:
             return
         rows = self.weight.new_empty(new, self.weight.shape[1])
-        nn.init.kaiming_uniform_(rows, nonlinearity="linear")
+        offsets = self.bias.new_zeros(new)
+        if self.init == "torch":
+            bound = 1 / math.sqrt(rows.shape[1])
+            nn.init.uniform_(rows, -bound, bound)
+            nn.init.uniform_(offsets, -bound, bound)
+        else:
+            nn.init.kaiming_uniform_(rows, nonlinearity="linear")
         self.weight = nn.Parameter(torch.cat([self.weight.data, rows]))
-        self.bias = nn.Parameter(torch.cat([self.bias.data, self.bias.new_zeros(new)]))
+        self.bias = nn.Parameter(torch.cat([self.bias.data, offsets]))
 
     def forward(self, features: Tensor) -> Tensor:
         return F.linear(features, self.weight, self.bias)

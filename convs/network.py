@@ -1,6 +1,7 @@
 """Pixels -> normalisation -> backbone -> head, as one module."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from convs.backbones import Backbone
@@ -11,10 +12,20 @@ class Network(nn.Module):
     """images in [0, 1] (B, 3, s, s) -> logits (B, C).
 
     Normalisation is part of the network, so images outside it are plain pixels whatever the network expects.
+    image_size: images of another size are resized to it (bilinear, differentiable), so that networks of several input
+    sizes can read one stream; default: they pass as they are.
     """
 
-    def __init__(self, backbone: Backbone, head: Head, mean: tuple[float, ...], std: tuple[float, ...]):
+    def __init__(
+        self,
+        backbone: Backbone,
+        head: Head,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        image_size: int | None = None,
+    ):
         super().__init__()
+        self.image_size = image_size
         self.backbone: Backbone = backbone
         self.head: Head = head
         self.mean: Tensor
@@ -29,11 +40,23 @@ class Network(nn.Module):
 
     def features(self, images: Tensor) -> Tensor:
         """(B, 3, s, s) -> (B, D)."""
-        return self.backbone(self.normalised(images))
-
-    def normalised(self, images: Tensor) -> Tensor:
-        """What the backbone expects of pixels in [0, 1]."""
-        return images if self._plain else (images - self.mean) / self.std
+        return self.backbone(self._resized(self.normalise(images)))
 
     def forward(self, images: Tensor) -> Tensor:
         return self.head(self.features(images))
+
+    def from_normalised(self, images: Tensor) -> Tensor:
+        """`forward` of images that `normalise` has been through: what an inversion works on."""
+        return self.head(self.backbone(self._resized(images)))
+
+    def normalise(self, images: Tensor) -> Tensor:
+        return images if self._plain else (images - self.mean) / self.std
+
+    def pixels(self, normalised: Tensor) -> Tensor:
+        """The inverse of `normalise`."""
+        return normalised if self._plain else normalised * self.std + self.mean
+
+    def _resized(self, images: Tensor) -> Tensor:
+        if self.image_size is None or images.shape[-1] == self.image_size:
+            return images
+        return F.interpolate(images, size=(self.image_size,) * 2, mode="bilinear", align_corners=False, antialias=True)

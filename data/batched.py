@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from data.colour import COLOUR_DRAWS, distort
 from utils.errors import DataError
 
 RATIO = (3 / 4, 4 / 3)
@@ -39,12 +40,14 @@ Geometry = Callable[[int, int, int, np.ndarray], tuple[Axis, Axis]]
 
 @dataclass(frozen=True)
 class Batched:
-    """A recipe as this file computes it. brightness: half-width of the factor's range around 1."""
+    """A recipe as this file computes it. brightness: half-width of the factor's range around 1. colour: jitter, grey
+    and blur of data/colour.py after it."""
 
     geometry: Geometry
     bicubic: bool = False
     flip: bool = False
     brightness: float = 0.0
+    colour: bool = False
 
 
 def uniforms(seeds: np.ndarray, count: int) -> np.ndarray:
@@ -132,6 +135,8 @@ def apply(images: Tensor, recipe: Batched, size: int, seeds: np.ndarray) -> Tens
             factor = 1 + recipe.brightness * (2 * draws[:, -1] - 1)
             factors = torch.from_numpy(factor).to(images.device, torch.float32, non_blocking=True)
             x = x.mul_(factors[:, None, None, None]).clamp_(0, 255).floor_()
+        if recipe.colour:
+            x = distort(x, uniforms(seeds, DRAWS + COLOUR_DRAWS)[:, DRAWS:])
         return x.to(torch.uint8)
 
 
@@ -199,6 +204,8 @@ BATCHED: dict[str, Batched] = {
     "pad_crop_flip": _PAD_FLIP,
     "pad_crop_flip_jitter": _jittered(_PAD_FLIP),
     "pad_crop": Batched(pad_and_crop(lambda s: s // 8)),
+    "pad4_crop_flip": Batched(pad_and_crop(lambda s: 4), flip=True),
+    "pad4_crop_flip_colour": Batched(pad_and_crop(lambda s: 4), flip=True, colour=True),
 }
 
 

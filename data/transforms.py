@@ -23,6 +23,8 @@ MEAN_STD: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
     "none": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
     "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2615)),
+    "tinyimagenet": ((0.4802, 0.4480, 0.3975), (0.2770, 0.2691, 0.2821)),
     "cifar": ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
 }
 
@@ -128,6 +130,25 @@ _recipe(
     "pad_crop",
     "RandomCrop(s, padding s/8): for characters, which mean something else when mirrored",
     lambda s: [v2.RandomCrop(s, padding=s // 8)],
+    random=True,
+)
+_recipe(
+    "pad4_crop_flip",
+    "RandomCrop(s, padding 4), flip",
+    lambda s: [v2.RandomCrop(s, padding=4), v2.RandomHorizontalFlip(0.5)],
+    random=True,
+)
+_recipe(
+    "pad4_crop_flip_colour",
+    "RandomCrop(s, padding 4), flip, with 0.8 colour jitter (0.4, 0.4, 0.4, 0.1), with 0.2 grey, above 32 px with 0.5 "
+    "blur (kernel 7, sigma 0.1 to 2)",
+    lambda s: [
+        v2.RandomCrop(s, padding=4),
+        v2.RandomHorizontalFlip(0.5),
+        v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.1)], 0.8),
+        v2.RandomGrayscale(0.2),
+        *([v2.RandomApply([v2.GaussianBlur(7, (0.1, 2.0))], 0.5)] if s > 32 else []),
+    ],
     random=True,
 )
 

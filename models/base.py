@@ -6,7 +6,8 @@ checkpoints. Order in one task:
     before_task -> [prepare -> loss -> after_backward -> after_step]* -> after_epoch ... -> after_task -> predict
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -29,6 +30,11 @@ MakeBackbone = Callable[[], tuple[Backbone, BackboneInfo]]
 LEARNERS: Registry[type["Learner"]] = Registry("learner")
 
 
+@contextmanager
+def _nobody_watches() -> Iterator[Callable[[], None]]:
+    yield lambda: None
+
+
 class Learner(nn.Module):
     """Base of every learner; a subclass overrides the hooks that it needs and registers itself.
 
@@ -45,6 +51,9 @@ class Learner(nn.Module):
         """Build `self.network` from `make_backbone()` (see `build_network`)."""
         super().__init__()
         self.config, self.runtime = config, runtime
+        # `with self.restartable() as safe_point:` is for a long stage of `before_task` that keeps its progress in a
+        # part: at safe_point() the harness may save, and stop; the resumed run calls `before_task` again.
+        self.restartable: Callable[[], AbstractContextManager[Callable[[], None]]] = _nobody_watches
 
     def build_network(self, make_backbone: MakeBackbone, head: Callable[[int], Head]) -> Network:
         """Backbone + head(feature_dim), normalising as the config says. Keeps `backbone_info` for the results."""
@@ -127,6 +136,18 @@ class Learner(nn.Module):
         """The loss that --landscape draws, in evaluation mode; default: the training loss. `self.task` may be an older
         task than the head's last."""
         return self.loss(self.network, *self.prepare(images, targets))
+
+    def features(self, images: Tensor) -> Tensor:
+        """(B, 3, s, s) in [0, 1] -> (B, D): what the probes read."""
+        return self.network.features(images)
+
+    def results(self) -> dict[str, Any]:
+        """What the method adds to result.json, under its own keys."""
+        return {}
+
+    def pictures(self) -> dict[str, Tensor]:
+        """name -> images (N, 3, s, s) in [0, 1] that `before_task` made, for the run's plots."""
+        return {}
 
     def parts(self) -> dict[str, Any]:
         """Objects with state_dict and load_state_dict that are no modules; saved and restored with the learner."""

@@ -97,6 +97,12 @@ class RunConfig(BaseModel):
         description='"folder": as the archive is split; "seeded" or "seeded:N": 80/20 per class, drawn once; '
         '"list:FILE": JSON {"train", "test"} or a pair of text or YAML lists (imagenet100: a list of classes)',
     )
+    validation: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.0, description="share of each class's training images kept apart for choices, drawn by seed; at least one"
+    )
+    evaluate_on: Literal["test", "val"] = Field(
+        "test", description='"val": every reported accuracy is on the part that "validation" keeps apart'
+    )
     strict_data: bool = Field(False, description="doubts about counts and checksums of the data are errors")
     cache: Literal["none", "ram", "disk"] = Field(
         "none", description="keep decoded images in memory, or in a memory map below cache_root"
@@ -115,7 +121,7 @@ class RunConfig(BaseModel):
         "distribution, other random numbers",
     )
     test_transform: str = Field("none", description="recipe for test images and statistics")
-    normalize: Literal["none", "half", "imagenet", "cifar", "model"] = Field(
+    normalize: Literal["none", "half", "imagenet", "cifar", "cifar10", "tinyimagenet", "model"] = Field(
         "none",
         description='mean and std that the network subtracts from pixels in [0, 1]; "model": the backbone\'s own',
     )
@@ -180,6 +186,8 @@ class RunConfig(BaseModel):
                 "milestones",
                 f'has no effect with "scheduler": "{scheduler}": use "multistep" or drop the key',
             )
+        if given.get("evaluate_on") == "val" and not given.get("validation", cls.model_fields["validation"].default):
+            yield "evaluate_on", 'needs "validation", the share of the training images to evaluate on'
         if given.get("cache_size") is not None and given.get("cache", "none") == "none":
             yield "cache_size", 'has no effect with "cache": "none": choose "ram" or "disk", or drop the key'
         if given.get("shuffle") is False and given.get("class_order_seed") is not None:
@@ -270,12 +278,13 @@ def build(cls: type[RunConfig], values: Mapping[str, Any], origin: Mapping[str, 
 
 
 def written_keys(cls: type[RunConfig], values: Mapping[str, Any]) -> dict[str, Any]:
-    """Of a saved config, which holds every key: those whose value is not the default."""
+    """Of a saved config, which holds every key: those whose value is neither the default nor implied by others."""
     defaults = {
-        key: json.loads(json.dumps(field.get_default(call_default_factory=True)))
+        key: field.get_default(call_default_factory=True)
         for key, field in cls.model_fields.items()
         if not field.is_required()
     }
+    defaults = json.loads(json.dumps(defaults | cls.implied(values), default=to_jsonable_python))
     return {key: value for key, value in values.items() if key not in defaults or defaults[key] != value}
 
 

@@ -6,7 +6,7 @@ range [known_classes, total_classes).
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -62,11 +62,21 @@ class Batch:
 
 class View(Dataset):
     """Images of one task under one transform. Fetching takes a `Batch` and gives
-    (images uint8 (B, 3, s, s), labels int64 (B,))."""
+    (images uint8 (B, 3, s, s), labels int64 (B,)).
+
+    beside: another transform whose images follow those of the first along the channels: (B, 6, s, s).
+    """
 
     def __init__(
-        self, split: Split, rows: np.ndarray, labels: np.ndarray, transform: Transform, resident: Resident | None = None
+        self,
+        split: Split,
+        rows: np.ndarray,
+        labels: np.ndarray,
+        transform: Transform,
+        resident: Resident | None = None,
+        beside: Transform | None = None,
     ):
+        self._beside = None if beside is None else View(split, rows, labels, beside, resident)
         self._split, self._rows, self._transform, self._resident = split, rows, transform, resident
         self.labels = labels  # (N,) new labels
         arrays = split.images if isinstance(split.images, np.ndarray) else None
@@ -81,6 +91,12 @@ class View(Dataset):
         return images[0], labels[0]
 
     def __getitems__(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        images, labels = self._fetch(batch)
+        if self._beside is None:
+            return images, labels
+        return torch.cat([images, self._beside.__getitems__(batch)[0]], dim=1), labels
+
+    def _fetch(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         rows, labels = self._rows[batch.rows], torch.from_numpy(self.labels[batch.rows])
         if self._plain is not None:
             return as_tensor(self._plain, rows), labels
@@ -102,7 +118,7 @@ class View(Dataset):
     @property
     def image_bytes(self) -> int:
         """Of one image as a batch holds it."""
-        return 3 * self._transform.size**2
+        return 3 * self._transform.size**2 * (1 if self._beside is None else 2)
 
     @property
     def on_device(self) -> bool:
@@ -111,6 +127,12 @@ class View(Dataset):
 
     def fetch_on(self, batch: Batch, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """As `__getitems__`, from images that lie on the device."""
+        images, labels = self._fetch_on(batch, device)
+        if self._beside is None:
+            return images, labels
+        return torch.cat([images, self._beside.fetch_on(batch, device)[0]], dim=1), labels
+
+    def _fetch_on(self, batch: Batch, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         assert self._resident is not None
         rows, labels = self._rows[batch.rows], torch.from_numpy(self.labels[batch.rows])
         images = self._resident.on(device)[torch.from_numpy(rows).to(device, non_blocking=True)]
@@ -140,15 +162,20 @@ class TaskData:
 
     def first(self, count: int) -> "TaskData":
         """The first `count` images alone."""
-        return replace(self, rows=self.rows[:count], labels=self.labels[:count])
+        return self.take(np.arange(min(count, len(self))))
+
+    def take(self, positions: np.ndarray) -> "TaskData":
+        """The images at these positions, in this order."""
+        return replace(self, rows=self.rows[positions], labels=self.labels[positions])
 
     def sample(self, count: int, seed: int) -> "TaskData":
         """`count` of the images, drawn by the seed, in their order; all, where there are fewer."""
-        chosen = np.sort(np.random.RandomState(seed % (1 << 32)).permutation(len(self))[:count])
-        return replace(self, rows=self.rows[chosen], labels=self.labels[chosen])
+        return self.take(np.sort(np.random.RandomState(seed % (1 << 32)).permutation(len(self))[:count]))
 
-    def view(self, mode: Mode) -> View:
-        return View(self.split, self.rows, self.labels, self.transforms[mode], self.resident)
+    def view(self, mode: Mode, beside: Mode | None = None) -> View:
+        """beside: the same images under another transform, as further channels."""
+        second = None if beside is None else self.transforms[beside]
+        return View(self.split, self.rows, self.labels, self.transforms[mode], self.resident, second)
 
 
 @dataclass(frozen=True)
@@ -158,7 +185,9 @@ class Task:
     index: 0-based. known_classes: classes seen before this task; total_classes: with it.
     classes: the labels that occur in this task: the new ones, or, in a domain-incremental stream, all of them.
     domain: its name in a domain-incremental stream, else None.
-    train_so_far: training images of this and all earlier tasks, for upper bounds only.
+    train_so_far: training images of this and all earlier tasks, for upper bounds and probes only.
+    val: training images that "validation" keeps apart, else None.
+    stream: all tasks, for evaluation on those seen (`seen`) and for the number of classes to come.
     """
 
     index: int
@@ -170,6 +199,18 @@ class Task:
     train: TaskData
     test: TaskData
     train_so_far: TaskData
+    val: TaskData | None = None
+    stream: "Sequence[Task]" = field(default=(), repr=False, compare=False)
+
+    @property
+    def seen(self) -> "list[Task]":
+        """This task and all earlier ones."""
+        return [*self.stream[: self.index], self]
+
+    @property
+    def num_classes(self) -> int:
+        """Classes of the whole stream."""
+        return self.stream[len(self.stream) - 1].total_classes if self.stream else self.total_classes
 
 
 class DataManager(Sequence[Task]):
@@ -207,7 +248,9 @@ class DataManager(Sequence[Task]):
             if config.augment_on == "device" and isinstance(split.images, np.ndarray)
         }
         self._labels = {half: to_new[split.labels] for half, split in self._splits.items()}
-        shared = self.domain_incremental and self.data.test.domains is None
+        self._held_out = _held_out(self.data.train, config.validation, config.seeds[0])
+        self._evaluate_on = config.evaluate_on
+        shared = self.domain_incremental and self.data.test.domains is None and config.evaluate_on == "test"
         self._shared_test = self._rows_of("test", np.arange(len(self.data.test))) if shared else None
 
     def __len__(self) -> int:
@@ -219,6 +262,10 @@ class DataManager(Sequence[Task]):
         if not 0 <= index < len(self):
             raise IndexError(f"task {index} of {len(self)}")
         known, total = self._bounds(index)
+        val = self._task_data("train", index, index, held_out=True) if self._held_out.any() else None
+        test = self._task_data("test", index, index) if self._shared_test is None else self._shared_test
+        if val is not None and self._evaluate_on == "val":
+            test = val
         return Task(
             index=index,
             num_tasks=len(self),
@@ -227,8 +274,10 @@ class DataManager(Sequence[Task]):
             classes=range(known, total),
             domain=self.data.domain_names[index] if self.domain_incremental else None,
             train=self._task_data("train", index, index),
-            test=self._task_data("test", index, index) if self._shared_test is None else self._shared_test,
+            test=test,
             train_so_far=self._task_data("train", 0, index),
+            val=val,
+            stream=self,
         )
 
     def tested_after(self, task: Task) -> Sequence[Task]:
@@ -241,14 +290,17 @@ class DataManager(Sequence[Task]):
         ends = np.cumsum(self.task_sizes)
         return int(ends[index] - self.task_sizes[index]), int(ends[index])
 
-    def _task_data(self, half: Mode, first: int, last: int) -> TaskData:
-        """The images of tasks first..last of one half, in file order."""
+    def _task_data(self, half: Mode, first: int, last: int, held_out: bool = False) -> TaskData:
+        """The images of tasks first..last of one half, in file order; of training images those that are held out, or
+        the others."""
         split, labels = self._splits[half], self._labels[half]
         if self.domain_incremental:
             assert split.domains is not None
             chosen = (split.domains >= first) & (split.domains <= last)
         else:
             chosen = (labels >= self._bounds(first)[0]) & (labels < self._bounds(last)[1])
+        if half == "train":
+            chosen &= self._held_out == held_out
         return self._rows_of(half, np.flatnonzero(chosen))
 
     def _rows_of(self, half: Mode, rows: np.ndarray) -> TaskData:
@@ -298,6 +350,23 @@ def _sizes(config: RunConfig, classes: int) -> list[int]:
         return list(config.task_sizes)
     assert config.increment is not None
     return split_classes(classes, config.init_cls or config.increment, config.increment)
+
+
+def _held_out(train: Split, share: float, seed: int) -> np.ndarray:
+    """(N,) whether a training image is kept apart: `share` of each class (and domain), at least one, the first of them
+    in one permutation of the whole set. A class with one image keeps it for training."""
+    chosen = np.zeros(len(train), dtype=bool)
+    if share == 0:
+        return chosen
+    groups = np.asarray(train.labels)
+    if train.domains is not None:
+        groups = groups * (int(train.domains.max()) + 1) + train.domains
+    order = np.random.RandomState(seed % (1 << 32)).permutation(len(train))
+    for group in np.unique(groups):
+        members = order[groups[order] == group]
+        if len(members) > 1:
+            chosen[members[: min(max(1, round(share * len(members))), len(members) - 1)]] = True
+    return chosen
 
 
 def _protocol_faults(config: RunConfig, data: ImageData):

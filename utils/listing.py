@@ -5,6 +5,7 @@ import textwrap
 from pathlib import Path
 
 from convs.backbones import NAMED
+from convs.small import SMALL
 from data.sources import SOURCES
 from data.transforms import RECIPES
 from models.base import LEARNERS
@@ -23,6 +24,7 @@ def everything() -> str:
         "transforms": [(name, RECIPES[name].meaning) for name in RECIPES],
         "backbones": [
             *((name, "bundled, pre-trained on glyphs") for name in NAMED),
+            *((name, "for small images, random weights (convs/small.py)") for name in SMALL),
             ("any full timm tag", "for example vit_base_patch16_224.augreg_in21k"),
             (
                 '{"name": "vit", ...}',

@@ -67,7 +67,7 @@ def _memory_mib(learner: "Learner", trainable: list[torch.nn.Parameter]) -> floa
     slots = 2 if learner.config.optimizer == "sgd" else 3  # gradient + momentum, or gradient + two moments
     numbers += slots * sum(p.numel() * p.element_size() for p in trainable)
     if trainable:
-        view = learner.task.train.view("train")
+        view = learner.train_data(learner.task)
         count = min(2, len(view))
         images, targets = view.__getitems__(Batch(torch.arange(count).numpy()))
         kept: dict[int, int] = {}

@@ -33,6 +33,20 @@ def plot_curves(curves: Mapping[str, Sequence[Sequence[float]]], title: str, pat
     figure.savefig(path)
 
 
+def plot_images(images: np.ndarray, path: Path, columns: int = 20) -> None:
+    """(N, 3, h, w) in [0, 1] -> one picture, row by row, cut to the range."""
+    from PIL import Image
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    count, _, height, width = images.shape
+    rows = -(-count // columns)
+    grid = np.ones((rows * columns, 3, height, width))
+    grid[:count] = images.clip(0, 1)
+    grid = grid.reshape(rows, columns, 3, height, width).transpose(0, 3, 1, 4, 2)  # rows, h, columns, w, 3
+    pixels = (255 * grid.reshape(rows * height, columns * width, 3)).round().astype(np.uint8)
+    Image.fromarray(pixels).save(path)
+
+
 def _curve(results: Sequence[Mapping[str, Any]], path: Path) -> None:
     config = results[0]["config"]
     figure, axes = _axes(f"{config['model_name']} on {Path(config['dataset']).name}")

@@ -14,6 +14,15 @@ def slice_cross_entropy(logits: Tensor, targets: Tensor, classes: range) -> Tens
     return F.cross_entropy(logits[:, classes.start : classes.stop], targets - classes.start)
 
 
+def distillation(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
+    """T^2 KL(softmax(teacher / T) || softmax(student / T)), mean over the batch (Hinton et al., 2015).
+
+    Logits (B, C), (B, C) -> ().
+    """
+    p, q = (student / temperature).log_softmax(dim=1), (teacher / temperature).log_softmax(dim=1)
+    return temperature**2 * F.kl_div(p, q, log_target=True, reduction="batchmean")
+
+
 def symmetric_cross_entropy(logits: Tensor, targets: Tensor, ce: float, rce: float) -> Tensor:
     """ce * CE + rce * RCE (Wang et al., 2019, "Symmetric cross entropy"). logits (B, C), targets (B,) -> ().
 

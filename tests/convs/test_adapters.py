@@ -165,7 +165,7 @@ def test_shared_work_changes_nothing(amalgam, branches, frozen):
     grads = torch.autograd.grad(ours, parameters, probe)
 
     vit = network.backbone.model
-    streams = [vit._pos_embed(vit.patch_embed(network.normalised(images)))] * (branches + (amalgam != "none"))
+    streams = [vit._pos_embed(vit.patch_embed(network.normalise(images)))] * (branches + (amalgam != "none"))
     for block, adapter, weights in zip(network.blocks, adapters, alpha, strict=True):
         x1 = [x + block.attn(block.norm1(x)) for x in streams]
         outputs = [by_hand(adapter, x, i) for i, x in enumerate(x1[:branches])]
