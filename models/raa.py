@@ -16,7 +16,6 @@ Variants are fields: SSIAT is one branch without SAM; "amalgam", "sam" and "free
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -37,6 +36,7 @@ from models.parts.optim import group, hold_rows
 from models.parts.shift import FeaturesBefore, mean_shift
 from utils.config import Count, Rate, RunConfig, Sam, Whole
 from utils.data_manager import Task
+from utils.landscape import Weights
 from utils.runtime import Runtime
 from utils.seed import mix
 
@@ -176,9 +176,8 @@ class RAA(Learner):
         config, classes = self.config, self.task.classes
         cosines = net(images)[:, classes.start : classes.stop]  # ((K + 1) B, classes of the task)
         rows = config.branches * len(targets)
-        penalty = partial(margin_cross_entropy, scale=config.scale, margin=config.margin, kind=config.margin_kind)
-        loss = config.loss_weight * penalty(cosines[:rows], targets.repeat(config.branches))
-        return loss if config.amalgam == "none" else loss + penalty(cosines[rows:], targets)
+        loss = config.loss_weight * self._penalty(cosines[:rows], targets.repeat(config.branches))
+        return loss if config.amalgam == "none" else loss + self._penalty(cosines[rows:], targets)
 
     def after_task(self, task: Task) -> None:
         """Merge; class statistics, with the old means moved; from the second task on, alignment of the head."""
@@ -209,6 +208,26 @@ class RAA(Learner):
     def trained_numbers(self) -> int:
         frozen = sum(p[: adapter.frozen].numel() for adapter in self.adapters for p in adapter.parameters())
         return super().trained_numbers() - frozen
+
+    def landscape_parameters(self) -> dict[str, Weights]:
+        """The adapters that answer: branch 0."""
+        return self._branch(0)
+
+    def landscape_branches(self) -> Sequence[Mapping[str, Weights]]:
+        """Branch 0 is the merged one, the others are as they were trained."""
+        return [self._branch(index) for index in range(self.config.branches)]
+
+    def landscape_loss(self, images: Tensor, targets: Tensor) -> Tensor:
+        """Of branch 0 alone, which needs no random mixture."""
+        classes = self.task.classes
+        return self._penalty(self.network(images)[:, classes.start : classes.stop], targets - classes.start)
+
+    def _branch(self, index: int) -> dict[str, Weights]:
+        return {name: Weights(p, index) for name, p in self.named_parameters() if ".adapter." in name}
+
+    def _penalty(self, cosines: Tensor, targets: Tensor) -> Tensor:
+        config = self.config
+        return margin_cross_entropy(cosines, targets, config.scale, config.margin, config.margin_kind)
 
     @property
     def _shifts(self) -> bool:
