@@ -14,8 +14,6 @@ make it small.
 
 import argparse
 import math
-import multiprocessing
-import resource
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -242,14 +240,19 @@ def shift_inputs(arguments: argparse.Namespace) -> tuple[Tensor, Tensor, Tensor]
     return torch.randn(arguments.old_classes, arguments.width).double(), before, before + 0.1 * torch.randn_like(before)
 
 
-def shift_memory(arguments: argparse.Namespace, queue: Any) -> None:
-    """MiB that a fresh process takes beyond the inputs."""
-    torch.set_num_threads(arguments.threads)
+def shift_memory(arguments: argparse.Namespace) -> float:
+    """MiB that the shift takes beside its inputs at its highest (Linux: the peak is reset first)."""
     inputs = shift_inputs(arguments)
-    mean_shift(*(part[:2] for part in inputs), SIGMA)  # type: ignore[call-arg]  # libraries are loaded now
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    Path("/proc/self/clear_refs").write_text("5")
+    before = resident("VmRSS")
     mean_shift(*inputs, SIGMA)
-    queue.put((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**10)
+    return resident("VmHWM") - before
+
+
+def resident(name: str) -> float:
+    """VmRSS, or its peak VmHWM, in MiB."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(name)) / 2**10
 
 
 def measure_shift(arguments: argparse.Namespace) -> None:
@@ -260,12 +263,7 @@ def measure_shift(arguments: argparse.Namespace) -> None:
     )
     show(f"shift, {arguments.old_classes} classes x {arguments.images} images", found, [("every pair", "ours")])
     difference = (pairwise_shift(*inputs, SIGMA) - mean_shift(*inputs, SIGMA)).abs().max()
-    context = multiprocessing.get_context("spawn")
-    queue = context.Queue()
-    child = context.Process(target=shift_memory, args=(arguments, queue))
-    child.start()
-    print(f"  largest difference {difference:.1e}; ours takes {queue.get():.0f} MiB beside its inputs")
-    child.join()
+    print(f"  largest difference {difference:.1e}; ours takes {shift_memory(arguments):.0f} MiB beside its inputs")
 
 
 def vit(arguments: argparse.Namespace) -> dict[str, int]:
