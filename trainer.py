@@ -15,13 +15,14 @@ from tqdm import tqdm
 from convs.backbones import input_size
 from models.base import LEARNERS, Learner
 from models.parts.loop import Fit, Observer, evaluate, fit
+from models.parts.probe import probe
 from utils import checkpoint
 from utils.config import RunConfig
 from utils.data_manager import DataManager, Task
 from utils.errors import Interrupted, UserError
 from utils.factory import build_learner
 from utils.interrupt import StopSignal
-from utils.metrics import summarise
+from utils.metrics import summarise, summarise_probe
 from utils.plots import plot_images, plot_run, plot_seeds
 from utils.results import (
     EpochLog,
@@ -88,6 +89,7 @@ class SeedRun:
         self.manager, self.learner = prepare(config, runtime)
         tasks = len(self.manager)
         self.correct = np.full((2, tasks, tasks), np.nan)  # class-incremental, task known
+        self.probed = np.full((tasks, tasks), np.nan)  # correct predictions of the probe
         self.stored_bytes: list[int] = []
         self.trainable: list[int] = []
         self.images_trained, self.peak_memory, self.total_before = 0, 0.0, 0.0
@@ -128,6 +130,10 @@ class SeedRun:
                     self._save("fitted")
         learner.after_task(task)
         self.correct[:, task.index, : task.index + 1] = evaluate(learner, self.manager[: task.index + 1])
+        if self.config.probe is not None:
+            with self.runtime.stopwatch("probe"):
+                found = probe(learner, task, self.config.probe, self.config.probe_lrate)
+            self.probed[task.index, : task.index + 1] = found
         self.stored_bytes = [*self.stored_bytes[: task.index], learner.stored_bytes()]
         self.done, self.stage = task.index + 1, "start"
         result = self.result()
@@ -143,6 +149,7 @@ class SeedRun:
         config, manager, info = self.config, self.manager, self.learner.backbone_info
         return {
             **summarise(self.correct[0, :done, :done], self.correct[1, :done, :done], counts),
+            **summarise_probe(self.config.probe, self.probed[:done, :done], counts),
             **self.learner.results(),
             "finished": done == len(manager),
             "tasks": len(manager),
@@ -219,6 +226,7 @@ class SeedRun:
                 "requires_grad": [name for name, p in learner.named_parameters() if p.requires_grad],
                 "rng": states,
                 "correct": torch.from_numpy(self.correct),
+                "probed": torch.from_numpy(self.probed),
                 "stored_bytes": self.stored_bytes,
                 "trainable": self.trainable,
                 "images_trained": self.images_trained,
@@ -244,7 +252,7 @@ class SeedRun:
             parameter.requires_grad_(name in trainable)
         for name, part in learner.parts().items():
             part.load_state_dict(state["parts"][name])
-        self.correct = state["correct"].numpy()
+        self.correct, self.probed = state["correct"].numpy(), state["probed"].numpy()
         self.stored_bytes, self.trainable = state["stored_bytes"], state["trainable"]
         self.images_trained, self.peak_memory = state["images_trained"], state["peak_memory"]
         self.runtime.stopwatch.seconds.update(state["seconds"])
