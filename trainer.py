@@ -15,13 +15,14 @@ from tqdm import tqdm
 from convs.backbones import input_size
 from models.base import LEARNERS, Learner
 from models.parts.loop import Fit, Observer, evaluate, fit
+from models.parts.probe import probe
 from utils import checkpoint
 from utils.config import RunConfig
 from utils.data_manager import DataManager, Task
 from utils.errors import Interrupted, UserError
 from utils.factory import build_learner
 from utils.interrupt import StopSignal
-from utils.metrics import summarise
+from utils.metrics import summarise, summarise_probe
 from utils.plots import plot_images, plot_run, plot_seeds
 from utils.results import (
     EpochLog,
@@ -106,6 +107,7 @@ class SeedRun:
         self.manager, self.learner = prepare(config, runtime)
         tasks = len(self.manager)
         self.correct = np.full((2, tasks, tasks), np.nan)  # class-incremental, task known
+        self.probed = np.full((tasks, tasks), np.nan)  # correct predictions of the probe
         self.stored_bytes: list[int] = []
         self.trainable: list[int] = []
         self.images_trained, self.peak_memory, self.total_before = 0, 0.0, 0.0
@@ -147,6 +149,10 @@ class SeedRun:
         learner.after_task(task)
         tested = self.manager.tested_after(task)
         self.correct[:, task.index, : len(tested)] = evaluate(learner, tested)
+        if self.config.probe is not None:
+            with self.runtime.stopwatch("probe"):
+                found = probe(learner, task, self.config.probe, self.config.probe_lrate)
+            self.probed[task.index, : task.index + 1] = found
         self.stored_bytes = [*self.stored_bytes[: task.index], learner.stored_bytes()]
         self.done, self.stage = task.index + 1, "start"
         result = self.result()
@@ -163,6 +169,7 @@ class SeedRun:
         config, manager, info = self.config, self.manager, self.learner.backbone_info
         return {
             **summarise(self.correct[0, :done, :tested], self.correct[1, :done, :tested], counts),
+            **summarise_probe(self.config.probe, self.probed[:done, :done], counts[:done]),
             **self.learner.results(),
             "finished": done == len(manager),
             "tasks": len(manager),
@@ -239,6 +246,7 @@ class SeedRun:
                 "requires_grad": [name for name, p in learner.named_parameters() if p.requires_grad],
                 "rng": states,
                 "correct": torch.from_numpy(self.correct),
+                "probed": torch.from_numpy(self.probed),
                 "stored_bytes": self.stored_bytes,
                 "trainable": self.trainable,
                 "images_trained": self.images_trained,
@@ -259,7 +267,7 @@ class SeedRun:
         self.task, self.stage, self.fit_state = state["task"], state["stage"], state["fit"]
         self.done = state["done"]
         take_up(self.learner, self.manager[self.task], state)
-        self.correct = state["correct"].numpy()
+        self.correct, self.probed = state["correct"].numpy(), state["probed"].numpy()
         self.stored_bytes, self.trainable = state["stored_bytes"], state["trainable"]
         self.images_trained, self.peak_memory = state["images_trained"], state["peak_memory"]
         self.runtime.stopwatch.seconds.update(state["seconds"])

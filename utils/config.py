@@ -153,6 +153,12 @@ class RunConfig(BaseModel):
     compile: bool = Field(False, description="torch.compile the network in training")
     num_workers: Whole | None = Field(None, description="loader processes; default: chosen from machine and data")
     eval_every: Whole = Field(0, description="evaluate every so many epochs inside a task; 0: after each task only")
+    probe: Literal["linear", "linear_raw", "knn"] | None = Field(
+        None,
+        description="after each task, also score the frozen features of all classes seen: by a linear layer on "
+        "standardised features, by one on features as they are (SGD at 30), or by nearest neighbours",
+    )
+    probe_lrate: Rate | None = Field(None, description="of the linear probes; default: linear 0.1, linear_raw 30")
     checkpoint_minutes: Annotated[float, Field(gt=0)] = Field(
         10.0, description="minutes between checkpoints inside a task; one is always written after a task"
     )
@@ -186,6 +192,8 @@ class RunConfig(BaseModel):
                 "milestones",
                 f'has no effect with "scheduler": "{scheduler}": use "multistep" or drop the key',
             )
+        if given.get("probe_lrate") is not None and given.get("probe") not in ("linear", "linear_raw"):
+            yield "probe_lrate", 'needs "probe": "linear" or "linear_raw"'
         if given.get("evaluate_on") == "val" and not given.get("validation", cls.model_fields["validation"].default):
             yield "evaluate_on", 'needs "validation", the share of the training images to evaluate on'
         if given.get("cache_size") is not None and given.get("cache", "none") == "none":

@@ -70,6 +70,29 @@ def summarise(correct: np.ndarray, correct_task_il: np.ndarray, count: np.ndarra
     }
 
 
+def summarise_probe(kind: str | None, correct: np.ndarray, count: np.ndarray) -> dict[str, Any]:
+    """What a run's probe adds to `result.json`; nothing without one. correct (T, T) as in `summarise`."""
+    if kind is None:
+        return {}
+    curve = pooled_curve(correct, count)
+    acc = nested(accuracy_matrix(correct, count))
+    return {
+        "last_probe": float(curve[-1]),
+        "avg_probe": float(curve.mean()),
+        "probe": {"kind": kind, "curve": curve.tolist(), "acc": acc},
+    }
+
+
+def forward_transfer(acc: np.ndarray, untrained: np.ndarray) -> float | None:
+    """mean over i > 0 of  acc[i-1, i] - untrained[i]  (GEM, Lopez-Paz & Ranzato, 2017);  None for one task.
+
+    acc[i-1, i]: accuracy on a task before it was learnt; untrained (T,): of a network that learnt nothing.
+    """
+    if len(acc) < 2:
+        return None
+    return float(np.mean(np.diag(acc, k=1) - untrained[1:]))
+
+
 def nested(matrix: np.ndarray) -> list[list[float | None]]:
     """(R, T) -> nested lists with null where nothing was evaluated."""
     return [[None if np.isnan(value) else float(value) for value in row] for row in matrix]

@@ -57,6 +57,9 @@ def _curve(results: Sequence[Mapping[str, Any]], path: Path) -> None:
         axes.plot(tasks, result["curve"], marker="o", lw=2 if alone else 1, alpha=1 if alone else 0.6, label=label)
         if alone:
             axes.plot(tasks, result["curve_task_il"], marker="s", ls="--", lw=1, label="with the task known")
+            if "probe" in result:
+                probe = result["probe"]
+                axes.plot(tasks, probe["curve"], marker="^", ls=":", lw=1, label=f"probe ({probe['kind']})")
     if len(results) > 1:
         mean = np.mean([result["curve"] for result in results], axis=0)
         axes.plot(tasks, mean, color="black", lw=2.5, marker="o", label=f"mean of {len(results)} seeds")

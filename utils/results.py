@@ -14,7 +14,9 @@ import numpy as np
 
 from utils.errors import UserError
 
-METRICS = ("last_acc", "avg_acc", "last_acc_task_il", "avg_acc_task_il", "forgetting", "bwt")
+METRICS = (
+    "last_acc", "avg_acc", "last_acc_task_il", "avg_acc_task_il", "forgetting", "bwt", "last_probe", "avg_probe",
+)  # fmt: skip
 
 
 def write_text(path: Path, text: str) -> None:
@@ -82,7 +84,7 @@ def summarise_seeds(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """{metric: {"mean", "std", "n", "values"}}: sample standard deviation, null for one seed."""
     summary: dict[str, Any] = {"seeds": [result["config"]["seed"] for result in results]}
     for metric in METRICS:
-        values = [result[metric] for result in results if result[metric] is not None]
+        values = [result[metric] for result in results if result.get(metric) is not None]
         if values:
             std = float(np.std(values, ddof=1)) if len(values) > 1 else None
             summary[metric] = {"mean": float(np.mean(values)), "std": std, "n": len(values), "values": values}

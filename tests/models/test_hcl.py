@@ -1,5 +1,9 @@
 """HCL: one stage of each variant against the reference, step by step, and our own rules."""
 
+import json
+import os
+import signal
+import time
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,21 +12,26 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import main
 import models.parts.loop as loop
+import trainer
 from models.parts.inversion import Taps
 from models.parts.loop import evaluate, fit
 from models.parts.losses import distillation
-from tests.conftest import TINY_VIT, build_tiny, reference
+from tests.conftest import TINY_VIT, build_tiny, reference, tiny_values, write_stream
 from tests.models.hcl_nets import stored_network, weights_of
 from tests.models.test_contract import learn
-from utils.data_manager import Batch, Task
+from tests.test_resume import Killed, kill_after, run, start
+from utils.data_manager import Batch, Task, View
+from utils.errors import ConfigError
+from utils.factory import config_from
 
-TINY_CNN = {"name": "resnet18", "weights": "random"}
+TINY_RESNET = {"name": "resnet10t", "channels": [8, 8, 16, 16], "stem_width": 8}
 ARCHITECTURES = {
     "cnn": "small_lenet",
-    "resnet": {"name": "resnet10t", "weights": "random"},
+    "resnet": TINY_RESNET,
     "convnext": {
-        "name": "convnext_atto", "depths": [1, 1, 1, 1], "dims": [8, 8, 16, 16], "patch_size": 2, "weights": "random",
+        "name": "convnext_atto", "depths": [1, 1, 1, 1], "dims": [8, 8, 16, 16], "patch_size": 1, "weights": "random",
     },
     "swin": {
         "name": "swin_tiny_patch4_window7_224", "img_size": 16, "patch_size": 2, "window_size": 4, "embed_dim": 16,
@@ -214,3 +223,241 @@ def _listening(run, seen: list):
         return run(*arguments, watch=lambda step, terms: seen.append(terms), **keys)
 
     return wrapped
+
+
+def test_upstream_sets_every_value_that_is_not_given(tmp_path):
+    values = tiny_values(tmp_path, "hcl", variant="qdi", upstream=True, select="last")
+    config = config_from(values, source="test")
+    expected = {
+        "shuffle": False, "momentum": 0.0, "weight_decay": 0.0, "scheduler": "constant", "statistics": "bn_or_conv",
+        "statistics_source": "current", "inversion_start": "current", "select": "last", "select_on": "test",
+        "carry": "last", "reuse": "same_arch", "kd_classes": "all", "mask_unseen": False, "teacher_mode": "train",
+        "validation": 0.0,
+    }  # fmt: skip
+    assert {key: getattr(config, key) for key in expected} == expected
+    assert config_from(values | {"variant": "distil"}, source="test").teacher_mode == "eval"
+    own = config_from(tiny_values(tmp_path, "hcl"), source="test")
+    assert (own.select, own.select_on, own.validation, own.carry, own.shuffle) == ("best", "val", 0.1, "selected", True)
+
+
+@pytest.mark.parametrize(
+    ("keys", "sentence"),
+    [
+        ({"inversion_steps": 3}, '"inversion_steps" has no effect unless "variant" is "qdi"'),
+        ({"variant": "qdi", "memory_size": 3}, '"memory_size" has no effect unless "variant" is "distilbuf"'),
+        ({"slack": 0.1}, '"slack" has no effect unless "select" is "slack"'),
+        ({"validation": 0.0}, '"validation" is 0, but epochs are chosen on it'),
+        ({"stream": [{"nam": "x"}]}, 'entry 0 needs "name".*did you mean "nam"'),
+        ({"stream": [{"name": "small_lenet", "optimizer": "adamv"}]}, '"optimizer" must be one of sgd, adam, adamw'),
+        ({"stream": [{"name": "small_lenet", "lrate": "fast"}]}, '"lrate" must be a number'),
+        ({"stream": 3}, '"stream" must be'),
+        ({"variant": "distilbuf", "memory_transform": "crop"}, '"crop" is unknown'),
+        ({"alfa": 3}, 'did you mean "alpha"'),
+    ],
+)
+def test_wrong_keys_get_a_sentence(keys, sentence, tmp_path):
+    with pytest.raises(ConfigError, match=sentence):
+        config_from(tiny_values(tmp_path, "hcl", **keys), source="test")
+
+
+def test_a_stream_hands_on_weights_only_where_the_architecture_stays(tmp_path):
+    stream = ["small_lenet", {"name": "small_lenet", "lrate": 0.5, "optimizer": "adamw"}, TINY_VIT]
+    manager, learner = build_tiny(tmp_path, "hcl", stream=stream, image_size=16, optimizer="sgd", select="last")
+    learn(learner, manager[0])
+    first = {key: value.clone() for key, value in learner.network.state_dict().items()}
+    learner.task = manager[1]
+    learner.before_task(manager[1])
+    assert all(torch.equal(learner.network.state_dict()[key], value) for key, value in first.items())
+    optimizer, _ = learner.make_optimizer(1)
+    assert isinstance(optimizer, torch.optim.AdamW) and optimizer.param_groups[0]["lr"] == 0.5
+    learner.after_task(manager[1])
+    learner.task = manager[2]
+    learner.before_task(manager[2])
+    assert learner.network.feature_dim == 16 and learner.network.head.num_classes == 6
+    assert learner.teacher.network.feature_dim == 84
+    optimizer, _ = learner.make_optimizer(1)
+    assert isinstance(optimizer, torch.optim.SGD) and learner.lrate == 0.005
+
+
+def test_reuse_none_starts_afresh_and_matching_takes_what_fits(tmp_path):
+    for reuse, same in (("none", False), ("matching", True)):
+        manager, learner = build_tiny(
+            tmp_path, "hcl", stream=["small_lenet", "small_lenet"], image_size=16, select="last", reuse=reuse
+        )
+        learn(learner, manager[0])
+        before = learner.network.backbone.model.conv1.weight.clone()
+        learner.task = manager[1]
+        learner.before_task(manager[1])
+        assert torch.equal(learner.network.backbone.model.conv1.weight, before) == same
+
+
+@pytest.mark.parametrize("carry", ["last", "selected"])
+def test_the_teacher_is_the_chosen_network_and_the_student_goes_on_as_asked(carry, tmp_path):
+    manager, learner = build_tiny(tmp_path, "hcl", carry=carry, select_on="test")
+    learner.task = manager[0]
+    learner.before_task(manager[0])
+    kept = []
+    offer = learner.selection.offer
+
+    def one_then_none(epoch, score, network):
+        taken = offer(epoch, 100.0 - epoch, network)
+        kept.append(network.head.weight.detach().clone())
+        return taken
+
+    learner.selection.offer = one_then_none
+    fit(learner, manager[0])
+    learner.after_task(manager[0])
+    assert torch.equal(learner.network.head.weight, kept[0]), "evaluated with the first epoch, the best"
+    learner.task = manager[1]
+    learner.before_task(manager[1])
+    assert torch.equal(learner.teacher.network.head.weight, kept[0])
+    assert torch.equal(learner.network.head.weight, kept[-1] if carry == "last" else kept[0])
+
+
+def test_classes_to_come_are_no_prediction_unless_asked(tmp_path):
+    for mask, columns in ((True, 2), (False, 6)):
+        manager, learner = build_tiny(tmp_path, "hcl", mask_unseen=mask)
+        learner.task = manager[0]
+        learner.before_task(manager[0])
+        assert learner.eval().predict(torch.rand(2, 3, 16, 16)).shape == (2, columns)
+        assert learner.network.head.num_classes == 6, "the head is whole from the start"
+
+
+def test_a_validation_part_is_kept_out_of_training(tmp_path):
+    manager, _ = build_tiny(tmp_path, "hcl", validation=0.3)
+    for task in manager:
+        assert len(task.val) == 4 and len(task.train) == 10, "2 of 7 images of each of two classes"
+        assert not set(task.val.rows) & set(task.train.rows) and not set(task.val.rows) & set(task.train_so_far.rows)
+    again, _ = build_tiny(tmp_path, "hcl", validation=0.3)
+    other, _ = build_tiny(tmp_path, "hcl", validation=0.3, seed=7, class_order_seed=1993)
+    assert np.array_equal(again[1].val.rows, manager[1].val.rows)
+    assert not np.array_equal(other[1].val.rows, manager[1].val.rows)
+    reported, _ = build_tiny(tmp_path, "hcl", validation=0.3, evaluate_on="val")
+    assert np.array_equal(reported[1].test.rows, reported[1].val.rows)
+
+
+def test_the_pool_views_only_what_is_read(tmp_path, monkeypatch):
+    """The reference views every image of the task three times."""
+    dataset = write_stream(tmp_path / "large.npz", classes=4, train=120)
+    manager, learner = build_tiny(
+        tmp_path, "hcl", variant="qdi", dataset=dataset, epochs=1, stream=[TINY_RESNET], image_size=16,
+        select="last", synthetic_size=4, inversion_steps=1,
+    )  # fmt: skip
+    learn(learner, manager[0])
+    read = []
+    original = View.__getitems__
+    monkeypatch.setattr(View, "__getitems__", lambda self, batch: read.append(len(batch.rows)) or original(self, batch))
+    learner.task = manager[1]
+    learner.synthetic.make(_updated(learner.teacher), manager[1], False, learner.restartable)
+    assert sum(read) == 4
+
+
+def _updated(teacher):
+    teacher.update()
+    return teacher
+
+
+def test_noise_is_where_deepinversion_starts(tmp_path):
+    manager, learner = build_tiny(tmp_path, "hcl", variant="qdi", epochs=1, inversion_start="noise", **QUICK)
+    learn(learner, manager[0])
+    learner.task = manager[1]
+    learner.before_task(manager[1])
+    start = learner.network.normalise(learner.pictures()["inversion_task2_start"])
+    assert abs(float(start.mean())) < 0.15 and abs(float(start.std()) - 1) < 0.1
+
+
+def test_the_student_says_what_the_teacher_says(tmp_path):
+    """On new images, and the more so the larger alpha is."""
+    distance = []
+    for alpha in (0.0, 30.0):
+        manager, learner = build_tiny(tmp_path, "hcl", reuse="none", alpha=alpha, epochs=12, select="last")
+        for task in manager[:2]:
+            learn(learner, task)
+        images = torch.stack([image for image, _ in manager[1].train.view("test")]).float() / 255
+        with torch.no_grad():
+            distance.append(float(distillation(learner.eval().network(images), learner.teacher(images))))
+    assert distance[1] < 0.2 * distance[0]
+
+
+def test_random_teachers_are_refused(tmp_path):
+    manager, learner = build_tiny(
+        tmp_path, "hcl", backbone=TINY_VIT | {"drop_path_rate": 0.2}, teacher_mode="train", epochs=1
+    )
+    learn(learner, manager[0])
+    with pytest.raises(ConfigError, match="drop_path"):
+        learner.before_task(manager[1])
+
+
+HETEROGENEOUS = {
+    "stream": ["small_lenet", TINY_RESNET, None], "image_size": 16, "epochs": 2,
+    "train_transform": "pad_crop",
+}  # fmt: skip
+# Each run is cut at the end of the n-th call of a method of the trainer.
+# 12 images a task in batches of 4: 6 safe points in the training of a task, 6 in an inversion.
+CUTS = {
+    "first inversion": ("qdi", "save_if_due", 9),
+    "second inversion": ("qdi", "save_if_due", 21),
+    "fit of the second student": ("qdi", "save_if_due", 15),
+    "fit of the third student": ("qdi", "save_if_due", 27),
+    "fit with a memory": ("distilbuf", "save_if_due", 8),
+    "after a task": ("distil", "_save", 16),
+}
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("cut", CUTS)
+def test_a_heterogeneous_run_resumes_to_the_same_digits(cut, tmp_path, monkeypatch):
+    variant, method, calls = CUTS[cut]
+    keys = QUICK if variant == "qdi" else {"memory_size": 10} if variant == "distilbuf" else {}
+    path = tmp_path / "run.json"
+    values = tiny_values(
+        tmp_path, "hcl", variant=variant, checkpoint_minutes=1e-9, validation=0.15, **HETEROGENEOUS, **keys
+    )
+    path.write_text(json.dumps(values))
+    whole = run(path, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        kill_after(patch, trainer.SeedRun, method, calls)
+        with pytest.raises(Killed):
+            main.main(["--config", str(path), "--output", str(tmp_path / "cut")])
+    saved = torch.load(tmp_path / "cut" / "seed1993" / "checkpoint" / "last.pt", weights_only=True)
+    if "inversion" in cut:
+        assert saved["stage"] == "start" and 0 < saved["parts"]["synthetic"]["inversion"]["step"] < 6, "in the middle"
+    resumed = run(path, tmp_path / "cut", "--resume")
+    assert resumed == whole and len(whole["forward_acc"]) == 2
+    files = {str(p.relative_to(tmp_path / "whole")) for p in (tmp_path / "whole").rglob("*.png")}
+    if variant == "qdi":
+        made = {f"seed1993/plots/inversion_task{t}_{end}.png" for t in (2, 3) for end in ("start", "made")}
+        assert made <= files
+
+
+def test_nothing_is_written_outside_the_run_folder(tmp_path, monkeypatch):
+    path = tmp_path / "in" / "run.json"
+    path.parent.mkdir()
+    (tmp_path / "cwd").mkdir()
+    values = tiny_values(path.parent, "hcl", variant="qdi", epochs=1, **QUICK)
+    path.write_text(json.dumps(values))
+    before = {p for p in tmp_path.rglob("*")}
+    monkeypatch.chdir(tmp_path / "cwd")
+    run(path, tmp_path / "out")
+    written = {p for p in tmp_path.rglob("*")} - before
+    assert written and all(p.is_relative_to(tmp_path / "out") for p in written)
+
+
+@pytest.mark.slow
+def test_a_signal_in_the_inversion_saves_and_exits_with_3(tmp_path):
+    path = tmp_path / "run.json"
+    values = tiny_values(tmp_path, "hcl", variant="qdi", epochs=1, **QUICK | {"inversion_steps": 600})
+    path.write_text(json.dumps(values))
+    whole = run(path, tmp_path / "whole")
+    process = start(path, tmp_path / "cut")
+    log = tmp_path / "cut" / "seed1993" / "train.log"
+    deadline = time.monotonic() + 60
+    while "inversion step 100" not in (log.read_text() if log.exists() else ""):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 3, errors
+    saved = torch.load(tmp_path / "cut" / "seed1993" / "checkpoint" / "last.pt", weights_only=True)
+    assert saved["stage"] == "start" and saved["parts"]["synthetic"]["inversion"]["step"] > 100
+    assert run(path, tmp_path / "cut", "--resume") == whole

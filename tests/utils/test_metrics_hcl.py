@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from tests.conftest import reference
-from utils.metrics import backward_transfer, forgetting
+from utils.metrics import backward_transfer, forgetting, forward_transfer
 
 pytestmark = pytest.mark.parity
 
@@ -21,6 +21,22 @@ def test_forgetting_and_backward_transfer():
         assert forgetting(acc, include_last=True) == pytest.approx(
             float(arrays[f"forgetting_plain_{index}"]), abs=1e-12
         )
+
+
+def test_metrics_with_forward_entries():
+    """A row holds the next task too: the accuracy on it before it is learnt."""
+    arrays = reference("hcl/metrics")
+    for key in [key for key in arrays if key.startswith("matrix_")]:
+        index = key.removeprefix("matrix_")
+        matrix = arrays[key]
+        acc = np.where(np.tril(np.ones_like(matrix), k=1) > 0, matrix, np.nan)
+        ours = (
+            backward_transfer(acc),
+            forgetting(acc, include_last=True),
+            forward_transfer(acc, arrays[f"random_{index}"]),
+        )
+        for value, name in zip(ours, ("bwt_fwd", "forgetting_fwd", "fwt"), strict=True):
+            assert value == pytest.approx(float(arrays[f"{name}_{index}"]), abs=1e-12)
 
 
 def test_class_and_task_incremental_accuracy():
