@@ -45,7 +45,7 @@ def test_tasks_are_made_where_the_data_are_bundled(path):
     config = load_config(str(path))
     if config.dataset in BUNDLED:
         tasks = DataManager(config.with_seed(config.seeds[0]), image_size=32)
-        assert sum(len(task.train) for task in tasks) == len(tasks.data.train)
+        assert sum(len(task.train) + len(task.val or ()) for task in tasks) == len(tasks.data.train)
 
 
 def test_schema_accepts_the_file(path):
