@@ -13,6 +13,7 @@ from typing import Any
 import timm
 from torch import Tensor, nn
 
+from convs.frozen import keep_frozen_copies
 from convs.small import SMALL
 from convs.weights import RANDOM, LoadReport, load_weights
 from utils.errors import ConfigError, UserError, WeightsError, did_you_mean
@@ -63,6 +64,7 @@ def make_backbone(spec: str | Mapping[str, Any], weights: str | None, image_size
         report = LoadReport(name, None, 1.0)
     else:
         report = RANDOM
+    keep_frozen_copies(model)
     cfg = getattr(model, "pretrained_cfg", None) or {}
     info = BackboneInfo(
         name=name,

@@ -15,19 +15,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from convs.frozen import FrozenLinear
 from utils.errors import ConfigError
 
 
-class BranchedProjection(nn.Linear):
+class BranchedProjection(FrozenLinear):
     """A ViT's `attn.qkv` with the current task's branch; it takes over weight and bias, under their names, frozen.
 
     B = 0 means no branch. A is fixed unless a learner lets it train.
     """
 
     def __init__(self, qkv: nn.Linear, rank: int):
-        super().__init__(qkv.in_features, qkv.out_features, bias=qkv.bias is not None, device="meta")
+        super().__init__(qkv)
         width = qkv.in_features
-        self.weight, self.bias = qkv.weight, qkv.bias
         self.A = nn.Parameter(self.weight.new_zeros(rank, width), requires_grad=False)
         self.B = nn.Parameter(self.weight.new_zeros(2, width, rank))  # key, value
         self.remainder: Tensor
@@ -62,7 +62,7 @@ class BranchedProjection(nn.Linear):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """(B, N, D) -> (B, N, 3D)."""
-        out = F.linear(tokens, self.weight, self.bias)
+        out = super().forward(tokens)
         reduced = F.linear(tokens, self.A)  # (B, N, r)
         expand = F.pad(self.B.flatten(0, 1), (0, 0, self.width, 0)).to(out.dtype)  # (3D, r), zero for q
         # In place on the projection: no (B, N, 2D) product beside it, and no copy of its gradient.

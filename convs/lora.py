@@ -13,16 +13,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from convs.frozen import FrozenLinear
 from utils.errors import ConfigError
 
 
-class LoRALinear(nn.Linear):
+class LoRALinear(FrozenLinear):
     """A linear layer with a branch: (..., in) -> (..., out). weight and bias keep their names, so weight files fit."""
 
     def __init__(self, linear: nn.Linear, rank: int, scale: float):
         """Takes over the parameters of `linear`. A truncated normal (std 0.02), B zero."""
-        super().__init__(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
-        self.weight, self.bias = linear.weight, linear.bias
+        super().__init__(linear)
         self.scale = scale
         self.lora_A = nn.Parameter(self.weight.new_empty(rank, self.in_features))
         self.lora_B = nn.Parameter(self.weight.new_zeros(self.out_features, rank))
@@ -30,7 +30,7 @@ class LoRALinear(nn.Linear):
         self.merged = False
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.linear(x, self.weight, self.bias)
+        y = super().forward(x)
         return y if self.merged else torch.add(y, F.linear(F.linear(x, self.lora_A), self.lora_B), alpha=self.scale)
 
     @torch.no_grad()

@@ -84,6 +84,9 @@ def _memory_mib(learner: "Learner", trainable: list[torch.nn.Parameter]) -> floa
         ):
             inputs, labels = learner.prepare(*learner.runtime.to_device(images, targets))
             learner.loss(learner.network, inputs, labels)
+        copies = [c for m in learner.modules() if (c := getattr(m, "low_precision", None)) is not None]
+        own |= {copy.untyped_storage().data_ptr() for copy in copies}
+        numbers += sum(copy.numel() * copy.element_size() for copy in copies)
         activations = sum(size for pointer, size in kept.items() if pointer not in own)
         numbers += activations * learner.config.batch_size // count
     return numbers / 2**20
