@@ -140,7 +140,9 @@ def _construct(spec: str | Mapping[str, Any], image_size: int | None, pretrained
         raise
     except (TypeError, ValueError, AssertionError) as error:
         raise ConfigError("backbone", [f'"{name}" does not accept {arguments}: {error}']) from None
-    except Exception as error:  # noqa: BLE001 - the hub raises its own, changing, types
+    except Exception as error:  # noqa: BLE001 - the hub raises its own, changing, types; constructors, anything
+        if not pretrained:
+            raise ConfigError("backbone", [f'"{name}" cannot be built with {arguments}: {error!r}']) from None
         raise WeightsError(
             f"the weights of '{name}' could not be downloaded ({str(error).splitlines()[0][:200]}). Without a network, "
             'fetch the file on another machine and name it: "weights": FILE (.npz, .pth or .safetensors)'

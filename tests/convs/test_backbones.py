@@ -32,6 +32,11 @@ def test_any_timm_architecture_gives_features_of_its_width(name):
     assert backbone(torch.rand(2, 3, size, size)).shape == (2, info.feature_dim)
 
 
+def test_arguments_that_break_a_constructor_are_not_taken_for_a_missing_network():
+    with pytest.raises(ConfigError, match=r'"convnext_atto" cannot be built with .*depths'):
+        make_backbone({"name": "convnext_atto", "depths": [1, 1, 1], "dims": [8, 8, 8]}, "random", None)
+
+
 def test_input_size_is_known_without_building():
     assert input_size("small_vit") == 32
     assert input_size("vit_base_patch16_224.augreg_in21k") == 224
