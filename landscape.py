@@ -9,6 +9,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -127,7 +128,11 @@ def run(
     for found, target, wanted in jobs:
         if wanted:
             make_folder(target)
-            SeedLandscape(found, settings).draw(wanted, target)
+            try:
+                SeedLandscape(found, settings).draw(wanted, target)
+            finally:
+                with suppress(OSError):  # nothing was drawn: leave no empty folder behind
+                    target.rmdir()
 
 
 def seed_folders(folder: Path) -> list[Path]:

@@ -82,6 +82,7 @@ def test_every_learner(learner, stream, tmp_path, capsys):
     assert contents(out) == before, "the run itself was changed"
     if not json.loads((seed / "result.json").read_text())["parameters"]["trainable"]:
         assert status == 2 and f"{learner} trained nothing in task 3" in capsys.readouterr().err
+        assert not (seed / "landscape").exists()
         return
     assert status == 0
     arrays, numbers = drawn(seed, 3)

@@ -38,7 +38,9 @@ def plot_landscape(arrays: Arrays, numbers: Numbers, path: Path) -> None:
         _branches(axes["branches"], arrays, numbers)
     text = axes["numbers"]
     text.axis("off")
-    text.text(0, 0.98, "\n".join(describe(numbers)), va="top", family="monospace", fontsize=8.5)
+    lines = describe(numbers)
+    size = 8.5 * min(1, 54 / max(map(len, lines)))  # the panel holds 54 characters
+    text.text(-0.05, 0.98, "\n".join(lines), va="top", family="monospace", fontsize=size).set_in_layout(False)
     figure.savefig(path)
 
 
@@ -72,7 +74,7 @@ def describe(numbers: Numbers) -> list[str]:
 
 
 def _residual(numbers: Numbers) -> str:
-    return f"{100 * numbers['top_eigenvalue_residual']:.1g}"
+    return f"{100 * numbers['top_eigenvalue_residual']:.2g}"
 
 
 def _surface(axes: Any, losses: np.ndarray, grid: np.ndarray, title: str) -> None:

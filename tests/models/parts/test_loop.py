@@ -120,12 +120,13 @@ def test_missing_hooks_say_what_to_write(tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_equal_one(tmp_path):
+@pytest.mark.parametrize("keys", [{}, {"sam": {"rho": 0.05, "damping": 25}}], ids=["sgd", "sam"])
+def test_two_processes_equal_one(keys, tmp_path):
     """Same global batches over gloo: the same accuracy, weights equal up to rounding."""
     import json
 
     # 14 images in batches of 5: the last is ragged. SGD: Adam blows rounding up where a gradient is zero.
-    values = tiny_values(tmp_path, train_transform="pad_crop", batch_size=5, optimizer="sgd", lrate=0.02)
+    values = tiny_values(tmp_path, train_transform="pad_crop", batch_size=5, optimizer="sgd", lrate=0.02, **keys)
     (tmp_path / "run.json").write_text(json.dumps(values))
     for processes in (1, 2):
         launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
