@@ -48,8 +48,12 @@ def inspect(name: str, data_root: str | None, options: Options, progress: Progre
     lines += [f"  {finding}" for finding in findings.of("error", "warning", "note")]
     errors, warnings = len(findings.of("error")), len(findings.of("warning"))
     verdict = "not usable" if errors else "usable"
-    lines.append(f"{name} is {verdict}: {errors} errors, {warnings} warnings")
+    lines.append(f"{name} is {verdict}: {_plural(errors, 'error')}, {_plural(warnings, 'warning')}")
     return Inspection("\n".join(lines), not errors, findings)
+
+
+def _plural(count: int, noun: str) -> str:
+    return f"{count} {noun}" + "s" * (count != 1)
 
 
 def _counts(data: ImageData) -> list[str]:
