@@ -48,20 +48,24 @@ def cell(values: list[float]) -> str:
     return f"{np.mean(values):.3g} ± {np.std(values, ddof=1):.2g}" if len(values) > 1 else f"{values[0]:.3g}"
 
 
-def plot(runs: Mapping[str, list[Numbers]], title: str, path: Path) -> None:
-    """A panel per measure; a point per seed."""
+def plot(streams: Mapping[str, Mapping[str, list[Numbers]]], title: str, path: Path) -> None:
+    """A row per stream, a panel per measure, a point per seed."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 4), layout="constrained", dpi=120)
-    panels = figure.subplots(1, len(SHOWN), sharey=True)
-    for panel, name in zip(panels, SHOWN, strict=True):
-        for label, seeds in runs.items():
-            flatness = [COLUMNS[name](numbers) for numbers in seeds]
-            panel.plot(flatness, [numbers["last_acc"] for numbers in seeds], "o", label=label)
-        panel.set_xlabel(f"{name} (flatter to the left)")
-        panel.grid(alpha=0.3)
-    panels[0].set_ylabel("last accuracy (%)")
-    panels[0].legend()
+    figure = Figure(figsize=(9, 3.5 * len(streams) + 0.8), layout="constrained", dpi=120)
+    rows = figure.subplots(len(streams), len(SHOWN), sharey="row", squeeze=False)
+    colours: dict[str, str] = {}
+    for panels, (stream, runs) in zip(rows, streams.items(), strict=True):
+        for panel, name in zip(panels, SHOWN, strict=True):
+            for label, seeds in runs.items():
+                flatness = [COLUMNS[name](numbers) for numbers in seeds]
+                colour = colours.setdefault(label, f"C{len(colours)}")
+                panel.plot(flatness, [numbers["last_acc"] for numbers in seeds], "o", color=colour, label=label)
+            panel.set_xlabel(f"{name} (flatter to the left)")
+            panel.grid(alpha=0.3)
+        panels[0].set_ylabel(f"{stream}: last accuracy (%)")
+    handles = {line.get_label(): line for panel in rows.flat for line in panel.get_lines()}
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=2)
     figure.suptitle(title)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
@@ -73,13 +77,15 @@ def main() -> None:
     parser.add_argument("--title", default="")
     parser.add_argument("--figure", type=Path, metavar="FILE")
     options = parser.parse_args()
-    runs = {label: read(Path(folder)) for label, _, folder in (run.partition("=") for run in options.runs)}
-    print(f"| | {' | '.join(COLUMNS)} | n |\n|{'---|' * (len(COLUMNS) + 2)}")
-    for label, seeds in runs.items():
+    streams: dict[str, dict[str, list[Numbers]]] = {}
+    print(f"| stream | | {' | '.join(COLUMNS)} | n |\n|{'---|' * (len(COLUMNS) + 3)}")
+    for label, _, folder in (run.partition("=") for run in options.runs):
+        seeds = read(Path(folder))
+        streams.setdefault(seeds[0]["dataset"], {})[label] = seeds
         cells = [cell([column(numbers) for numbers in seeds]) for column in COLUMNS.values()]
-        print(f"| {label} | {' | '.join(cells)} | {len(seeds)} |")
+        print(f"| {seeds[0]['dataset']} | {label} | {' | '.join(cells)} | {len(seeds)} |")
     if options.figure:
-        plot(runs, options.title, options.figure)
+        plot(streams, options.title, options.figure)
 
 
 if __name__ == "__main__":
