@@ -65,6 +65,7 @@ def _memory_mib(learner: "Learner", trainable: list[torch.nn.Parameter]) -> floa
     images, scaled to the batch)."""
     numbers = sum(p.numel() * p.element_size() for p in learner.parameters())
     slots = 2 if learner.config.optimizer == "sgd" else 3  # gradient + momentum, or gradient + two moments
+    slots += 2 * (learner.config.sam is not None)  # the weights and the gradient of its first pass
     numbers += slots * sum(p.numel() * p.element_size() for p in trainable)
     if trainable:
         view = learner.train_data(learner.task)
