@@ -11,7 +11,7 @@ class FrozenLinear(nn.Linear):
     """A linear layer over another's weight and bias, under their names: (..., in) -> (..., out).
 
     Autocast keeps its copy of a weight that trains within a pass, and makes one of a frozen weight each time that it is
-    read: an eighth of a step of InfLoRA in bf16 (ViT-B/16, 4 images, one core). Here a frozen weight's copy stays until
+    read: a tenth of a step of InfLoRA in bf16 (ViT-B/16, 4 images, one core). Here a frozen weight's copy stays until
     the weight is written to; a weight that trains is left to autocast.
     """
 
