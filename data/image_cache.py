@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from data.images import read_image
+from data.images import read_image, stored_size
 from data.records import ImageData
 from utils.errors import DataError
 from utils.runtime import available_cpus, available_memory
@@ -148,8 +148,7 @@ def _shapes(name: str, paths: Sequence[Path], size: int | None) -> np.ndarray:
 
     def shape(path: Path) -> tuple[int, int]:
         try:
-            with Image.open(path) as image:
-                width, height = image.size
+            width, height = stored_size(path)
         except Exception as error:  # noqa: BLE001 - decoders raise many types for damaged files
             raise DataError(f"image '{path}' cannot be read ({error}). Replace or remove it") from None
         return _reduced(height, width, size)

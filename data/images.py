@@ -103,6 +103,12 @@ def read_image(path: Path) -> Image.Image:
         ) from None
 
 
+def stored_size(path: Path) -> tuple[int, int]:
+    """(width, height), from the head of the file. Raises what Pillow raises."""
+    with Image.open(path) as image:
+        return image.size
+
+
 def to_rgb(path: Path) -> tuple[Image.Image, str]:
     """(image in RGB, mode in the file: "RGB", "L", "CMYK", "P", "RGBA", ...). Raises whatever the decoder raises."""
     with Image.open(path) as image:

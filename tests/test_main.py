@@ -154,6 +154,10 @@ BAD_FILES = {
     ),
     "domain order of classes": (lambda p: {"domain_order": ["a"]}, '"domain_order" has no meaning'),
     "all domains of classes": (lambda p: {"dil_eval": "all"}, '"dil_eval": "all" has no meaning'),
+    "crop larger than the images": (
+        lambda p: {"dataset": f"folder:{folders(p)}", "train_transform": "pad_crop", "image_size": 64},
+        '"train_transform": pad_crop cannot cut 64 x 64 pixels from',
+    ),
     "domains shuffled": (lambda p: domains(p, shuffle=True), '"shuffle" must be false'),
 }
 BAD_TEXTS = {
@@ -201,6 +205,14 @@ def test_the_program_ends_although_an_error_holds_a_loader_process(tmp_path):
     command = [sys.executable, "-c", program, "--config", str(path), "--output", str(tmp_path / "out")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2 and done.stderr.startswith("image '")
+
+
+def test_an_error_of_the_program_is_not_hidden_by_the_end_of_its_loader_processes(tmp_path):
+    path = config_file(tmp_path, **(truncated_image(tmp_path) | {"num_workers": 1}))
+    program = "import sys, main, data.images; data.images.DataError = ValueError; sys.exit(main.main(sys.argv[1:]))"
+    command = [sys.executable, "-c", program, "--config", str(path), "--output", str(tmp_path / "out")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode != 0 and "1.png' cannot be read" in done.stderr and "killed by signal" not in done.stderr
 
 
 @pytest.mark.parametrize("fault", BAD_TEXTS)

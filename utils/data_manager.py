@@ -5,7 +5,7 @@ range [known_classes, total_classes).
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 from data import sources
 from data.batched import BATCHED, Resident, apply
 from data.image_cache import cached
-from data.images import read_image
+from data.images import read_image, stored_size
 from data.layouts import Options
 from data.records import ImageData, Split
 from data.splits import cache_root
@@ -225,7 +225,12 @@ class DataManager(Sequence[Task]):
         self.data: ImageData = sources.load(config.dataset, config.data_root, options)
         self.domain_incremental = bool(self.data.domain_names)
         self._test_all = config.dil_eval == "all"
-        faults = list(_protocol_faults(config, self.data))
+        self.image_size = image_size
+        self._transforms: dict[Mode, Transform] = {
+            "train": Transform(config.train_transform, image_size),
+            "test": Transform(config.test_transform, image_size),
+        }
+        faults = [*_protocol_faults(config, self.data), *_transform_faults(self._transforms, self.data)]
         if faults:
             raise ConfigError(f"dataset {config.dataset}", faults)
         if config.shuffle and self.data.natural_order:
@@ -235,11 +240,6 @@ class DataManager(Sequence[Task]):
         shuffle = config.shuffle and not self.domain_incremental
         self.class_order = class_order(classes, config.order_seed, shuffle)
         self.task_sizes = [classes] if self.domain_incremental else _sizes(config, classes)
-        self.image_size = image_size
-        self._transforms: dict[Mode, Transform] = {
-            "train": Transform(config.train_transform, image_size),
-            "test": Transform(config.test_transform, image_size),
-        }
         to_new = label_map(self.class_order)
         self._splits: dict[Mode, Split] = {"train": self.data.train, "test": self.data.test}
         self._residents = {
@@ -367,6 +367,24 @@ def _held_out(train: Split, share: float, seed: int) -> np.ndarray:
         if len(members) > 1:
             chosen[members[: min(max(1, round(share * len(members))), len(members) - 1)]] = True
     return chosen
+
+
+def _transform_faults(transforms: Mapping[Mode, Transform], data: ImageData) -> Iterator[str]:
+    """Sentences for recipes that crop more than there is, by the size of the first training image."""
+    first = data.train.images[0]
+    try:
+        size = stored_size(first) if isinstance(first, Path) else first.shape[1::-1]
+    except (OSError, Image.DecompressionBombError):  # what is wrong with the file is said when it is read
+        return
+    for mode, transform in transforms.items():
+        try:
+            with torch.random.fork_rng(devices=[]):
+                transform(Image.new("RGB", size))
+        except ValueError:
+            yield (
+                f'"{mode}_transform": {transform.name} cannot cut {transform.size} x {transform.size} pixels from '
+                f'the {size[0]} x {size[1]} of {data.name}: give "image_size", or a transform that resizes (--list)'
+            )
 
 
 def _protocol_faults(config: RunConfig, data: ImageData):

@@ -286,7 +286,9 @@ def _leave_signals_to_the_parent(_: int) -> None:
 @atexit.register
 def _end_loader_processes() -> None:
     """What is left of them when the program ends, say by an error that still holds its loader. `multiprocessing` would
-    ask them to stop by the signal that they ignore, and wait for ever."""
+    ask them to stop by the signal that they ignore, and wait for ever; torch would report each as killed, in the place
+    where the reason of the end should stand."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for process in multiprocessing.active_children():
         if process.daemon:
             process.kill()
