@@ -23,7 +23,7 @@ def mean_shift(means: Tensor, before: Tensor, after: Tensor, sigma: float) -> Te
     squared = means.square().sum(dim=1, keepdim=True) + old.square().sum(dim=1) - 2 * means @ old.T  # (C, N)
     weights = squared.div_(-2 * sigma**2).clamp_(max=0).exp_().add_(FLOOR)
     weights /= weights.sum(dim=1, keepdim=True)
-    return weights @ after.to(means.dtype).sub(old)
+    return weights @ after.to(means.dtype) - weights @ old  # not of the difference, which would be a third copy
 
 
 class FeaturesBefore(Growing):
