@@ -5,7 +5,9 @@ BIN = $(VENV)/bin
 # Written last, so that an interrupted installation is taken up again.
 READY = $(VENV)/.palimpsest-ready
 
-.PHONY: demo test lint format index small-vit clean
+SMALL = small-vit small-convnext small-swin
+
+.PHONY: demo test lint format index $(SMALL) clean
 
 demo: $(READY)
 	$(BIN)/python main.py --config exps/quickstart.json --resume
@@ -25,9 +27,10 @@ format: $(READY)
 index: $(READY)
 	$(BIN)/python main.py --index exps
 
-small-vit: $(READY)
-	$(BIN)/python main.py --config exps/pretrain/glyphs.json --resume
-	$(BIN)/python -m convs.export runs/pretrain/glyphs/seed1993/checkpoint/last.pt data/small_vit.safetensors
+# The bundled networks, pre-trained anew.
+$(SMALL): small-%: $(READY)
+	$(BIN)/python main.py --config exps/pretrain/small_$*.json --resume
+	$(BIN)/python -m convs.export runs/pretrain/small_$*/seed1993/checkpoint/last.pt data/small_$*.safetensors
 
 $(READY): requirements.txt requirements-dev.txt constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("Palimpsest needs Python 3.10 or newer, this is " + sys.version) if sys.version_info < (3, 10) else None'

@@ -1,7 +1,7 @@
-"""Any timm model, the bundled small ViT, or a network for small images, as a feature extractor of known width.
+"""Any timm model, a bundled small one, or a network for small images, as a feature extractor of known width.
 
-`backbone` in a config is a full timm tag ("vit_base_patch16_224.augreg_in21k"), "small_vit", a name of convs/small.py
-("small_lenet"; random weights unless `weights` names a file), or an object
+`backbone` in a config is a full timm tag ("vit_base_patch16_224.augreg_in21k"), a bundled network ("small_vit"), a name
+of convs/small.py ("small_lenet"; random weights unless `weights` names a file), or an object
 {"name": "vit" | timm architecture, ...constructor arguments}; `weights` is a file, "random", or absent (the tag's own).
 """
 
@@ -18,9 +18,20 @@ from convs.small import SMALL
 from convs.weights import RANDOM, LoadReport, load_weights
 from utils.errors import ConfigError, UserError, WeightsError, did_you_mean
 
-SMALL_VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 128, "depth": 6, "num_heads": 4}
-SMALL_VIT_FILE = Path(__file__).resolve().parent.parent / "data" / "small_vit.safetensors"
-NAMED = {"small_vit": SMALL_VIT}
+BUNDLED = Path(__file__).resolve().parent.parent / "data"
+BUNDLED_SIZE = 32
+# name -> constructor and arguments; weights: BUNDLED/<name>.safetensors, made by exps/pretrain
+NAMED: Mapping[str, Mapping[str, Any]] = {
+    "small_vit": {"name": "vit", "img_size": 32, "patch_size": 8, "embed_dim": 128, "depth": 6, "num_heads": 4},
+    "small_convnext": {
+        "name": "convnext_atto", "patch_size": 4, "depths": (1, 1, 1, 1), "dims": (48, 64, 96, 128),
+        "ls_init_value": None,
+    },
+    "small_swin": {
+        "name": "swin_tiny_patch4_window7_224", "img_size": 32, "patch_size": 4, "window_size": 4, "embed_dim": 64,
+        "depths": (2, 2), "num_heads": (2, 4),
+    },
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -59,7 +70,7 @@ def make_backbone(spec: str | Mapping[str, Any], weights: str | None, image_size
     elif weights is not None:
         report = load_weights(model, Path(weights).expanduser())
     elif name in NAMED:
-        report = load_weights(model, SMALL_VIT_FILE)
+        report = load_weights(model, BUNDLED / f"{name}.safetensors")
     elif isinstance(spec, str):
         report = LoadReport(name, None, 1.0)
     else:
@@ -106,10 +117,10 @@ def input_size(spec: str | Mapping[str, Any]) -> int:
     Raises ConfigError for an unknown name.
     """
     name, arguments = _split(spec)
-    if isinstance(size := arguments.get("img_size") or NAMED.get(name, {}).get("img_size"), int):
+    if isinstance(size := arguments.get("img_size"), int):
         return size
-    if name in SMALL:
-        return 32
+    if name in NAMED or name in SMALL:
+        return BUNDLED_SIZE
     if name == "vit":
         return 224  # timm's own default
     _check_name(name, pretrained=False)
@@ -122,18 +133,19 @@ def _construct(spec: str | Mapping[str, Any], image_size: int | None, pretrained
     from timm.models.vision_transformer import VisionTransformer
 
     name, arguments = _split(spec)
-    pretrained &= isinstance(spec, str)
+    pretrained &= isinstance(spec, str) and name not in NAMED
     if name in SMALL:
         if arguments:
             raise ConfigError("backbone", [f'"{name}" takes no arguments, got {", ".join(arguments)}'])
         return SMALL[name](image_size or input_size(spec))
-    if image_size is not None and name not in NAMED and not arguments.get("img_size"):
+    if name in NAMED:
+        name, own = _split(NAMED[name])
+        arguments = own | arguments
+    if image_size is not None and not arguments.get("img_size"):
         arguments |= _size_argument(name, image_size)
     try:
         if name == "vit":
             return VisionTransformer(num_classes=0, **arguments)
-        if name in NAMED:
-            return VisionTransformer(num_classes=0, **(NAMED[name] | arguments))
         _check_name(name, pretrained)
         return timm.create_model(name, pretrained=pretrained, num_classes=0, **arguments)
     except UserError:

@@ -67,7 +67,7 @@ class RunConfig(BaseModel):
     model_name: str = Field(description="learner; --list shows all")
     dataset: str = Field(description="data set by name, or npz:FILE, or folder:DIR")
     backbone: str | dict[str, Any] = Field(
-        description='full timm tag, "small_vit" (bundled), or {"name": ..., constructor arguments}'
+        description='full timm tag, a bundled network ("small_vit"), or {"name": ..., constructor arguments}'
     )
 
     init_cls: Count | None = Field(None, description="classes of the first task; default: increment")
