@@ -10,7 +10,7 @@ import argparse
 import hashlib
 import pickle
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -52,8 +52,8 @@ def load_weights(backbone: nn.Module, path: Path) -> LoadReport:
     Position embeddings of another length are resampled. Raises WeightsError when the file is missing, damaged, made
     for another width, or matches less than 95 % of the backbone's numbers.
     """
-    state = strip(read_state(path))
     own = backbone.state_dict()
+    state = strip(read_state(path), own)
     state = _fit_positions(state, own, backbone)
     wrong = {key: state[key].shape for key in own if key in state and state[key].shape != own[key].shape}
     usable = {key: state[key] for key in own if key in state and key not in wrong}
@@ -98,15 +98,16 @@ def read_state(path: Path) -> dict[str, Tensor]:
     return _unnest(state, path)
 
 
-def strip(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Drop wrapper prefixes that every backbone entry carries, and the entries of heads.
+def strip(state: Mapping[str, Tensor], own: Collection[str] = ()) -> dict[str, Tensor]:
+    """Drop wrapper prefixes that every backbone entry carries, and the entries of heads. What the backbone has itself
+    stays: timm counts the final norm of ConvNeXt and others to the head (`head.norm`).
 
     Where a file holds a whole self-supervised system, the part called base_encoder (MoCo v3) or backbone is taken.
     """
     state = dict(state)
     while chosen := next((p for p in PREFIXES if _is_wrapper(p, state)), None):
         state = {key[len(chosen) :]: value for key, value in state.items() if key.startswith(chosen)}
-    return {key: value for key, value in state.items() if not HEAD.match(key)}
+    return {key: value for key, value in state.items() if key in own or not HEAD.match(key)}
 
 
 def from_flax(arrays: Mapping[str, np.ndarray]) -> dict[str, Tensor]:

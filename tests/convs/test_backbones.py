@@ -87,7 +87,15 @@ def test_less_than_95_percent_is_refused(tmp_path):
     assert all(torch.equal(target.state_dict()[key], value) for key, value in before.items()), "nothing was loaded"
 
 
-def test_the_bundled_network_matches_its_file():
+def test_a_final_norm_that_timm_counts_to_the_head_is_loaded(tmp_path):
+    source, target = (timm.create_model("convnext_atto", num_classes=classes) for classes in (3, 0))
+    torch.nn.init.normal_(source.head.norm.weight)
+    torch.save(source.state_dict(), tmp_path / "a.pth")
+    assert load_weights(target, tmp_path / "a.pth").missing == ()
+    torch.testing.assert_close(target.head.norm.weight, source.head.norm.weight)
+
+
+def test_the_bundled_networks_match_their_files():
     for name in NAMED:
         backbone, info = make_backbone(name, None, None)
         assert info.report.matched == 1 and not info.report.missing and not info.report.unexpected
