@@ -17,7 +17,9 @@ def parser() -> argparse.ArgumentParser:
     parse = argparse.ArgumentParser(description=description, epilog="Exit status: 0 finished, 2 wrong input, "
                                     "3 stopped by a signal after saving, 1 anything else.")  # fmt: skip
     parse.add_argument("--config", action="append", default=[], metavar="FILE", help="experiment; may be repeated")
-    parse.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="overrides a key of the config")
+    parse.add_argument(
+        "--set", action="extend", nargs="+", default=[], metavar="KEY=VALUE", help="override keys of the config"
+    )
     parse.add_argument("--seed", type=int, nargs="+", metavar="N", help="one or more, instead of the config's")
     parse.add_argument("--device", metavar="auto|cpu|cuda|cuda:1", help="instead of the config's")
     parse.add_argument("--data-root", metavar="DIR", help="where data sets lie")

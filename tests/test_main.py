@@ -230,9 +230,12 @@ def test_a_missing_config_names_its_neighbour(tmp_path, capsys):
 
 def test_all_faults_are_reported_at_once(tmp_path, capsys):
     path = config_file(tmp_path, model_name="simplecill", dataset="digit", lr=0.1, epochs=-1)
-    error = refused(capsys, tmp_path, "--config", str(path), "--set", "batch_size=0")
-    for part in ('"simplecil"', '"digits"', '"lrate" here', '"epochs" must be', '"batch_size" must be', "command line"):
+    more = ("--set", "batch_size=0", "momentum=2", "--set", "weight_decay=-1")
+    error = refused(capsys, tmp_path, "--config", str(path), *more)
+    for part in ('"simplecil"', '"digits"', '"lrate" here', '"epochs" must be', "command line"):
         assert part in error
+    for key in ("batch_size", "momentum", "weight_decay"):
+        assert f'"{key}" must be' in error
 
 
 def test_a_malformed_assignment_is_refused(tmp_path, capsys):
