@@ -19,7 +19,7 @@ from convs.weights import RANDOM, LoadReport, load_weights
 from utils.errors import ConfigError, UserError, WeightsError, did_you_mean
 
 BUNDLED = Path(__file__).resolve().parent.parent / "data"
-BUNDLED_SIZE = 32
+SMALL_SIZE = 32  # pixels a side, of bundled networks and those of convs/small.py
 # name -> constructor and arguments; weights: BUNDLED/<name>.safetensors, made by exps/pretrain
 NAMED: Mapping[str, Mapping[str, Any]] = {
     "small_vit": {"name": "vit", "img_size": 32, "patch_size": 8, "embed_dim": 128, "depth": 6, "num_heads": 4},
@@ -120,7 +120,7 @@ def input_size(spec: str | Mapping[str, Any]) -> int:
     if isinstance(size := arguments.get("img_size"), int):
         return size
     if name in NAMED or name in SMALL:
-        return BUNDLED_SIZE
+        return SMALL_SIZE
     if name == "vit":
         return 224  # timm's own default
     _check_name(name, pretrained=False)

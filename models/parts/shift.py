@@ -16,8 +16,8 @@ FLOOR = 1e-5  # of a weight: means far from every image drift with the mean of t
 def mean_shift(means: Tensor, before: Tensor, after: Tensor, sigma: float) -> Tensor:
     """(C, D): how far each of means (C, D) moves, by the features (N, D) of the same images before and after the task.
 
-    Two products, of the distances and of the weights, in float64 and O(C N) memory beside the features; the form that
-    subtracts every pair takes C N D.
+    Three products, of the distances and of the weights with either set, in float64 and O(C N) memory beside the
+    features; the form that subtracts every pair takes C N D.
     """
     old = before.to(means.dtype)
     squared = means.square().sum(dim=1, keepdim=True) + old.square().sum(dim=1) - 2 * means @ old.T  # (C, N)

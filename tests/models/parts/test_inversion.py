@@ -244,3 +244,25 @@ def test_hooks_are_gone_after_a_pass_that_failed():
 def test_a_network_without_such_layers_is_refused():
     with pytest.raises(ConfigError, match='"bn" finds no layer'):
         Taps(nn.Linear(2, 2), "bn")
+
+
+@pytest.mark.parametrize(
+    ("kind", "layer", "shape"),
+    [
+        ("bn", nn.BatchNorm2d(4), (3, 4, 5, 2)),
+        ("ln", nn.LayerNorm(4), (3, 5, 4)),
+        ("conv", nn.Sequential(nn.Conv2d(4, 4, 1), nn.ReLU(inplace=True)), (3, 4, 5, 2)),
+    ],
+    ids=["maps", "tokens", "changed in place"],
+)
+def test_moments_and_their_gradient_are_those_of_var_mean(kind, layer, shape):
+    torch.manual_seed(0)
+    net, x = nn.Sequential(layer).double().eval(), torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    rows = (layer[0](x) if kind == "conv" else x).movedim(1 if kind != "ln" else -1, -1).flatten(0, -2)
+    var, mean = torch.var_mean(rows, dim=0, correction=0)
+    expected = torch.autograd.grad((mean.cos() * var.sin()).sum(), x)
+    output, found = Taps(net, kind).watch(net, x)
+    ((own_mean, own_var),) = found.values()
+    torch.testing.assert_close((own_mean, own_var), (mean, var))
+    gradient = torch.autograd.grad((own_mean.cos() * own_var.sin()).sum() + 0 * output.sum(), x)
+    torch.testing.assert_close(gradient, expected)
