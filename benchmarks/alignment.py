@@ -1,4 +1,4 @@
-"""python -m benchmarks.alignment: what SLCA computes outside training, against the straightforward form, in one run.
+"""python -m benchmarks.alignment: what SLCA computes outside training, against the straightforward form.
 
 Alignment    100 classes, width 768, 5 epochs, 256 draws a class: a distribution object per class and epoch, one module
              per head, the loss read at every step; against factors made once, one product per epoch, stacked heads.
@@ -21,12 +21,11 @@ from torch import Tensor, nn
 from torch.distributions import MultivariateNormal
 
 from convs.lora import right_singular_vectors
+from data.loading import View, for_each_batch
 from data.sources import Split
 from data.transforms import Transform
-from models.parts.alignment import Alignment, Draws, align, mean_decay
+from models.parts.alignment import AlignmentSettings, Draws, align, mean_decay
 from models.parts.gaussians import ClassGaussians
-from models.parts.loop import for_each_batch
-from utils.data_manager import View
 from utils.runtime import Runtime
 
 TAU, LRATE, DECAY = 0.1, 0.01, 5e-4
@@ -43,7 +42,7 @@ def straightforward_alignment(
     means: Tensor,
     covs: Tensor,
     factor: Tensor,
-    settings: Alignment,
+    settings: AlignmentSettings,
     order: Callable[[int], Tensor],
 ) -> None:
     """One stage as it is usually written; draws from torch's generator class by class."""
@@ -71,7 +70,7 @@ def straightforward_alignment(
 
 
 def alignment(classes: int, width: int, epochs: int) -> None:
-    settings = Alignment(epochs=epochs, lrate=LRATE, weight_decay=DECAY, tau=TAU)
+    settings = AlignmentSettings(epochs=epochs, lrate=LRATE, weight_decay=DECAY, tau=TAU)
     generator = torch.Generator().manual_seed(0)
     mixing = torch.randn(width, width, generator=generator) / width**0.5
     features = torch.randn(classes, 3 * width, width, generator=generator) @ mixing

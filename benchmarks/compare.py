@@ -7,8 +7,9 @@
 import argparse
 from pathlib import Path
 
+from utils.folders import read_result
 from utils.plots import plot_curves
-from utils.results import read_result, summarise_seeds
+from utils.results import summarise_seeds
 
 
 def main() -> None:

@@ -27,11 +27,10 @@ from tqdm import tqdm
 
 from data.batched import Resident
 from data.image_cache import cached
+from data.loading import EpochLoader, View
 from data.records import ImageData, Split
 from data.sources import load
 from data.transforms import RECIPES, Transform
-from models.parts.loop import EpochLoader
-from utils.data_manager import View
 from utils.runtime import Runtime
 
 Epoch = Callable[[], Iterator]

@@ -1,9 +1,9 @@
-"""Flatness beside accuracy: what --landscape measured after the last task of several runs, as a table and a figure.
+"""Flatness beside accuracy: what `landscape` measured after the last task of several runs, as a table and a figure.
 
     python -m benchmarks.flatness --title digits --figure docs/figures/flatness.png \\
         "single adapter=runs/raa/digits_single" "RAA=runs/raa/digits"
 
-Draw the landscapes first: python main.py --landscape runs/raa/digits_single.
+Draw the landscapes first: python main.py landscape runs/raa/digits_single.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from utils.results import read_result
+from utils.folders import read_result
 
 Numbers = Mapping[str, Any]
 COLUMNS: Mapping[str, Callable[[Numbers], float]] = {
@@ -37,7 +37,7 @@ def read(folder: Path) -> list[Numbers]:
             continue
         path = seed / "landscape" / f"task{result['tasks']}.json"
         if not path.is_file():
-            raise SystemExit(f"'{path}' is missing: python main.py --landscape {folder}")
+            raise SystemExit(f"'{path}' is missing: python main.py landscape {folder}")
         found.append(json.loads(path.read_text()))
     if not found:
         raise SystemExit(f"no finished seed in '{folder}'")

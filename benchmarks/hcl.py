@@ -20,11 +20,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.hcl import HCL
-from models.parts.inversion import Inversion, InversionSettings, Taps, statistics_loss, total_variation
+from data.loading import View
+from data.stream import DataManager
+from models.factory import build_learner, config_from
+from models.hcl.inversion import Inversion, InversionSettings, Taps, statistics_loss, total_variation
+from models.hcl.learner import HCL
+from models.parts.loop import begin
 from models.parts.losses import distillation
-from utils.data_manager import DataManager, View
-from utils.factory import build_learner, config_from
 from utils.runtime import Runtime
 
 BATCH, CLASSES = 32, 10
@@ -44,8 +46,7 @@ def hcl(network: str, images: int, task_images: int | None = None) -> HCL:
     learner = build_learner(config, Runtime("cpu", "fp32", num_workers=0))
     assert isinstance(learner, HCL)
     tasks = DataManager(config, image_size=32)
-    learner.task = tasks[0]
-    learner.before_task(tasks[0])
+    begin(learner, tasks[0])
     learner.task = tasks[1]
     learner.teacher.update()
     if images:

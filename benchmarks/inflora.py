@@ -22,12 +22,12 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from convs.branches import InputMoments
-from models.inflora import InfLoRA
-from models.parts.subspace import DualGPM
+from data.stream import Task
+from models.factory import config_from
+from models.inflora.kv_lora import InputMoments
+from models.inflora.learner import InfLoRA
+from models.inflora.subspace import DualGPM
 from trainer import prepare
-from utils.data_manager import Task
-from utils.factory import config_from
 from utils.runtime import Runtime
 
 VIT = {"img_size": 224, "patch_size": 16, "embed_dim": 768, "depth": 12, "num_heads": 12}

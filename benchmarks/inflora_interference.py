@@ -16,20 +16,13 @@ import logging
 import torch
 from torch import Tensor
 
-from models.base import Learner
-from models.inflora import InfLoRA
-from models.parts.loop import evaluate, fit
+from data.stream import DataManager
+from models.factory import load_config
+from models.inflora.learner import InfLoRA
+from models.parts.evaluation import evaluate
+from models.parts.loop import learn
 from trainer import prepare
-from utils.data_manager import DataManager, Task
-from utils.factory import load_config
 from utils.runtime import Runtime
-
-
-def learn(learner: Learner, task: Task) -> None:
-    learner.task = task
-    learner.before_task(task)
-    fit(learner, task)
-    learner.after_task(task)
 
 
 def key_value(learner: InfLoRA) -> Tensor:
@@ -51,8 +44,8 @@ def hit(before: Tensor, after: Tensor, moments: Tensor) -> Tensor:
 
 def allowed(learner: InfLoRA, moments: Tensor) -> Tensor:
     """(L,): what the first task's memory leaves out of E ||h||^2: no update in the free space can hit more."""
-    assert learner.memory is not None
-    free = learner.memory.free_projector()
+    assert learner.subspace is not None
+    free = learner.subspace.free_projector()
     return (free @ moments).diagonal(dim1=1, dim2=2).sum(dim=1) / moments.diagonal(dim1=1, dim2=2).sum(dim=1)
 
 
@@ -63,8 +56,8 @@ def energy(weights: Tensor, moments: Tensor) -> Tensor:
 
 def report(name: str, manager: DataManager, learner: InfLoRA) -> None:
     learn(learner, manager[0])
-    before, moments = key_value(learner), learner.input_moments(manager[0]).double()
-    most = f"allowed {allowed(learner, moments).mean():.4f}" if learner.memory else "allowed -"
+    before, moments = key_value(learner), learner._input_moments(manager[0]).double()
+    most = f"allowed {allowed(learner, moments).mean():.4f}" if learner.subspace else "allowed -"
     for task in manager[1:]:
         learn(learner, task)
         after = key_value(learner)

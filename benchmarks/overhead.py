@@ -17,9 +17,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from models.parts.loop import EpochLoader, fit
-from utils.data_manager import DataManager
-from utils.factory import build_learner, config_from
+from data.loading import EpochLoader
+from data.stream import DataManager
+from models.factory import build_learner, config_from
+from models.parts.loop import begin, fit
 from utils.runtime import Runtime
 from utils.seed import mix
 
@@ -44,8 +45,7 @@ def setup(case: str, folder: Path, device: str):
     config = config_from(values, "benchmark")
     learner = build_learner(config, Runtime(device, "auto", num_workers=0))
     task = DataManager(config, size)[0]
-    learner.task = task
-    learner.before_task(task)
+    begin(learner, task)
     return learner, task
 
 

@@ -30,11 +30,11 @@ from torch import Tensor, nn
 from torch.optim import SGD
 
 from benchmarks.inflora import show, times
+from models.factory import config_from
 from models.parts.optim import SAM
-from models.parts.shift import FLOOR, mean_shift
-from models.raa import RAA
+from models.raa.learner import RAA
+from models.raa.shift import FLOOR, mean_shift
 from trainer import prepare
-from utils.factory import config_from
 from utils.runtime import Runtime
 
 CLASSES, BRANCHES, BOTTLENECK, SCALE, SEED = 20, 2, 64, 20.0, 0

@@ -13,10 +13,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from models.parts.loop import evaluate, fit
+from data.stream import Task
+from models.factory import load_config
+from models.parts.evaluation import evaluate
+from models.parts.loop import begin, fit
 from trainer import prepare
-from utils.data_manager import Task
-from utils.factory import load_config
 from utils.metrics import pooled_curve
 from utils.runtime import Runtime
 
@@ -28,13 +29,12 @@ def curves(path: Path, seed: int, runtime: Runtime) -> tuple[np.ndarray, np.ndar
     manager, learner = prepare(load_config(str(path)).with_seed(seed), runtime)
     correct = np.full((2, len(manager), len(manager)), np.nan)
     for task in manager:
-        learner.task = task
-        learner.before_task(task)
+        begin(learner, task)
         fit(learner, task)
         seen: list[Task] = manager[: task.index + 1]
-        correct[0, task.index, : task.index + 1] = evaluate(learner, seen)[0]
+        correct[0, task.index, : task.index + 1] = evaluate(learner, seen).main[0]
         learner.after_task(task)
-        correct[1, task.index, : task.index + 1] = evaluate(learner, seen)[0]
+        correct[1, task.index, : task.index + 1] = evaluate(learner, seen).main[0]
     count = np.array([len(task.test) for task in manager], dtype=float)
     return pooled_curve(correct[0], count), pooled_curve(correct[1], count)
 

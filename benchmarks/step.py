@@ -18,10 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.parts.loop import fit
+from data.stream import DataManager
+from models.factory import build_learner, config_from
+from models.parts.loop import begin, fit
 from models.slca import LIGHT
-from utils.data_manager import DataManager
-from utils.factory import build_learner, config_from
 from utils.runtime import Runtime
 
 VIT_B = "vit_base_patch16_224"
@@ -77,8 +77,7 @@ def our_steps(model_name: str, dataset: str, batch: int, runtime: Runtime, clock
     config = config_from(values, source="benchmark")
     task = DataManager(config, image_size=224)[0]
     learner = build_learner(config, runtime)
-    learner.task = task
-    learner.before_task(task)
+    begin(learner, task)
     return lambda: fit(learner, task, clock)
 
 

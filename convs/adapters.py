@@ -18,7 +18,7 @@ without gradient. Behind the last attention only the tokens go on that the featu
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -59,6 +59,10 @@ class BranchedAdapter(nn.Module):
         """The first `count` branches train no more: their gradients are zero. What else an optimiser does to weights
         without a gradient, decay and momentum, is the business of `models.parts.optim.hold_rows`."""
         self.frozen = count
+
+    def num_frozen(self) -> int:
+        """Numbers of its parameters that do not train although their gradient is asked for."""
+        return sum(parameter[: self.frozen].numel() for parameter in self.parameters())
 
     @torch.no_grad()
     def merge(self) -> None:
@@ -156,15 +160,8 @@ def add_adapters(vit: Any, branches: int, bottleneck: int, scale: float, dropout
 class ReplicaNetwork(Network):
     """A network over an adapted ViT. Images give branch 0's logits; a `prefix` gives those of all replicas."""
 
-    def __init__(
-        self,
-        backbone: Backbone,
-        head: Head,
-        mean: tuple[float, ...],
-        std: tuple[float, ...],
-        amalgam: Amalgam = "upstream",
-    ):
-        super().__init__(backbone, head, mean, std)
+    def __init__(self, backbone: Backbone, head: Callable[[int], Head], normalize: str, amalgam: Amalgam = "upstream"):
+        super().__init__(backbone, head, normalize)
         self.amalgam = amalgam
 
     @property
@@ -178,9 +175,7 @@ class ReplicaNetwork(Network):
     @torch.no_grad()
     def prefix(self, images: Tensor) -> Entered:
         """The first block up to its adapter, which all replicas and passes over a batch share. (B, N, D) each."""
-        vit: Any = self.backbone.model
-        embedded = vit.norm_pre(vit.patch_drop(vit._pos_embed(vit.patch_embed(self.normalise(images)))))
-        return self.blocks[0].enter(embedded)
+        return self.blocks[0].enter(self.backbone.embed(self.normalise(images)))
 
     def replica_features(self, prefix: Entered) -> Tensor:
         """Features of [branch 0 | ... | branch K-1 | amalgam], ((K + 1) B, D)."""
@@ -200,9 +195,8 @@ class ReplicaNetwork(Network):
                 mixed = block.adapter.amalgam(self.amalgam, [*fixed, *own], entered.tokens[-1], alpha)
                 own = torch.cat([own, mixed[None]])
             x = entered.passed + own
-        vit: Any = self.backbone.model
         rows = torch.cat([still, x]) if frozen else x
-        return vit.forward_head(vit.norm(rows.flatten(0, 1)))
+        return self.backbone.pool(rows.flatten(0, 1))
 
     def _mixtures(self, like: Tensor) -> Tensor:
         """(L, K): alpha of each block. Evaluation is not random: the plain mean."""

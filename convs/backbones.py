@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import timm
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from convs.frozen import keep_frozen_copies
+from convs.cast_once import cast_frozen_once
 from convs.small import SMALL
 from convs.weights import RANDOM, LoadReport, load_weights
 from utils.errors import ConfigError, UserError, WeightsError, did_you_mean
@@ -47,19 +48,51 @@ class BackboneInfo:
 
 
 class Backbone(nn.Module):
-    """images (B, 3, s, s) -> features (B, D): what the model's own classifier would read."""
+    """images (B, 3, s, s) -> features (B, D): what the model's own classifier would read.
 
-    def __init__(self, model: nn.Module, feature_dim: int):
+    A ViT can be run in two halves, `forward` = `encode` of `embed`: what is put into it may read or add tokens between.
+    """
+
+    def __init__(self, model: nn.Module, info: BackboneInfo):
         super().__init__()
-        self.model = model
-        self.feature_dim = feature_dim
+        self.model, self.info = model, info
+
+    @property
+    def feature_dim(self) -> int:
+        return self.info.feature_dim
 
     def forward(self, images: Tensor) -> Tensor:
         return self.model(images)
 
+    def embed(self, images: Tensor) -> Tensor:
+        """(B, 3, s, s), normalised -> tokens (B, N, D) that enter the first block: patches with positions, behind
+        class and register tokens.
 
-def make_backbone(spec: str | Mapping[str, Any], weights: str | None, image_size: int | None):
-    """(Backbone, BackboneInfo).
+        Raises ConfigError when the model is no ViT of timm.
+        """
+        vit = self._vit()
+        return vit.norm_pre(vit.patch_drop(vit._pos_embed(vit.patch_embed(images))))
+
+    def encode(self, tokens: Tensor) -> Tensor:
+        """Tokens (B, N, D), as `embed` gives them -> features (B, D): the blocks, the final norm, the pooling."""
+        vit = self._vit()
+        return self.pool(vit.blocks(tokens))
+
+    def pool(self, tokens: Tensor) -> Tensor:
+        """Tokens (B, N, D) that have left the last block -> features (B, D)."""
+        vit = self._vit()
+        return vit.forward_head(vit.norm(tokens))
+
+    def _vit(self) -> Any:
+        if not isinstance(self.model, VisionTransformer):
+            raise ConfigError(
+                "backbone", [f"{type(self.model).__name__} has no tokens to work on; choose a ViT of timm"]
+            )
+        return self.model
+
+
+def make_backbone(spec: str | Mapping[str, Any], weights: str | None, image_size: int | None) -> Backbone:
+    """The feature extractor that a config names, weights loaded.
 
     Raises UserError for an unknown or ambiguous name or wrong constructor arguments, WeightsError for the weights.
     """
@@ -75,7 +108,7 @@ def make_backbone(spec: str | Mapping[str, Any], weights: str | None, image_size
         report = LoadReport(name, None, 1.0)
     else:
         report = RANDOM
-    keep_frozen_copies(model)
+    cast_frozen_once(model)
     cfg = getattr(model, "pretrained_cfg", None) or {}
     info = BackboneInfo(
         name=name,
@@ -85,7 +118,30 @@ def make_backbone(spec: str | Mapping[str, Any], weights: str | None, image_size
         std=(0.5,) * 3 if name in NAMED else tuple(cfg.get("std", (1.0,) * 3)),
         report=report,
     )
-    return Backbone(model, info.feature_dim), info
+    return Backbone(model, info)
+
+
+class BackboneMaker:
+    """What a learner's `build` receives: called without arguments it makes the run's own backbone, with them another.
+
+    restoring: every weight will come from a checkpoint, so no weight file is looked for: it need not be there.
+    """
+
+    def __init__(
+        self, spec: str | Mapping[str, Any], weights: str | None, image_size: int | None, restoring: bool = False
+    ):
+        self._own = spec, weights, image_size
+        self._restoring = restoring
+
+    def __call__(
+        self,
+        spec: str | Mapping[str, Any] | None = None,
+        weights: str | None = None,
+        image_size: int | None = None,
+    ) -> Backbone:
+        """Raises UserError for a name that is not known or weights that do not fit."""
+        name, file, size = self._own if spec is None else (spec, weights, image_size)
+        return make_backbone(name, "random" if self._restoring else file, size)
 
 
 def renew_final_norm(backbone: Backbone) -> None:
@@ -130,8 +186,6 @@ def input_size(spec: str | Mapping[str, Any]) -> int:
 
 def _construct(spec: str | Mapping[str, Any], image_size: int | None, pretrained: bool) -> nn.Module:
     """The timm model without its classifier."""
-    from timm.models.vision_transformer import VisionTransformer
-
     name, arguments = _split(spec)
     pretrained &= isinstance(spec, str) and name not in NAMED
     if name in SMALL:
@@ -172,7 +226,7 @@ def _check_name(name: str, pretrained: bool) -> None:
     architecture, dot, tag = name.partition(".")
     if not timm.is_model(architecture):
         near = did_you_mean(architecture, [*timm.list_models(), *NAMED, *SMALL, "vit"])
-        raise ConfigError("backbone", [f'unknown backbone "{name}"{near or "; --list shows what can be named"}'])
+        raise ConfigError("backbone", [f'unknown backbone "{name}"{near or ": see `python main.py list`"}'])
     tags = [full for full in timm.list_pretrained(f"{architecture}.*") if full.startswith(architecture + ".")]
     if dot and name not in tags:
         near = did_you_mean(name, tags)

@@ -1,10 +1,12 @@
 """Heads that grow with the classes: linear, one linear per task, cosine.
 
 Shapes: features (B, D) -> logits (B, C), C = classes grown so far. A head loaded from a checkpoint takes the sizes of
-the checkpoint, so resuming needs no replay of the growth.
+the checkpoint, so resuming needs no replay of the growth. All share the protocol of `Head`, so that whatever trains a
+whole head from outside (models/parts/alignment.py) does not ask which one it is.
 """
 
 import math
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
@@ -12,8 +14,36 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from convs.growing import Growing
 
-class LinearHead(nn.Module):
+
+class Head(Growing):
+    """Features (B, D) -> logits (B, C)."""
+
+    @property
+    @abstractmethod
+    def sizes(self) -> list[int]:
+        """Outputs of each part that a task has added, in order; one part where the head is a single matrix."""
+
+    @property
+    def num_classes(self) -> int:
+        """C, outputs grown so far."""
+        return sum(self.sizes)
+
+    @abstractmethod
+    def grow(self, total_classes: int) -> None:
+        """Add outputs up to `total_classes`; nothing happens when they are there."""
+
+    @abstractmethod
+    def stacked(self) -> tuple[Tensor, Tensor | None]:
+        """Weight (C, D) and bias (C,) of all parts; None where there is no bias."""
+
+    @abstractmethod
+    def set_stacked(self, weight: Tensor, bias: Tensor | None) -> None:
+        """Overwrite all parts: (C, D), (C,) or None."""
+
+
+class LinearHead(Head):
     """z = W f + b, one matrix. New rows: Kaiming uniform (linear gain), bias 0; old rows are copied.
 
     init "torch": new rows and biases as `nn.Linear` draws them, uniform in +-1/sqrt(D).
@@ -26,11 +56,10 @@ class LinearHead(nn.Module):
         self.bias = nn.Parameter(torch.empty(0))
 
     @property
-    def num_classes(self) -> int:
-        return len(self.bias)
+    def sizes(self) -> list[int]:
+        return [len(self.bias)]
 
     def grow(self, total_classes: int) -> None:
-        """Add rows up to `total_classes`; nothing happens when they are there."""
         new = total_classes - self.num_classes
         if new <= 0:
             return
@@ -45,17 +74,20 @@ class LinearHead(nn.Module):
         self.weight = nn.Parameter(torch.cat([self.weight.data, rows]))
         self.bias = nn.Parameter(torch.cat([self.bias.data, offsets]))
 
+    def stacked(self) -> tuple[Tensor, Tensor]:
+        return self.weight, self.bias
+
+    def set_stacked(self, weight: Tensor, bias: Tensor | None) -> None:
+        assert bias is not None
+        with torch.no_grad():
+            self.weight.copy_(weight)
+            self.bias.copy_(bias)
+
     def forward(self, features: Tensor) -> Tensor:
         return F.linear(features, self.weight, self.bias)
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        for name in ("weight", "bias"):
-            if (saved := state_dict.get(prefix + name)) is not None:
-                setattr(self, name, nn.Parameter(getattr(self, name).data.new_empty(saved.shape)))
-        super()._load_from_state_dict(state_dict, prefix, *args)
 
-
-class TaskHeads(nn.Module):
+class TaskHeads(Head):
     """One linear head per task, logits concatenated in task order; head t reads s_t f:  z_t = W_t (s_t f) + b_t.
 
     Weights truncated normal (std 0.02, cut at +-2), biases 0. The scales s_t are 1 unless `scale_by_age` sets them.
@@ -71,10 +103,6 @@ class TaskHeads(nn.Module):
         self.owner: Tensor
         self.register_buffer("owner", torch.empty(0, dtype=torch.int64), persistent=False)  # (C,): head of a column
         self._saved: dict[str, Tensor] | None = None
-
-    @property
-    def num_classes(self) -> int:
-        return sum(self.sizes)
 
     @property
     def sizes(self) -> list[int]:
@@ -108,12 +136,12 @@ class TaskHeads(nn.Module):
                     value.copy_(saved[name])
 
     def stacked(self) -> tuple[Tensor, Tensor]:
-        """Weights (C, D) and biases (C,) of all heads, scales apart."""
+        """Scales apart."""
         heads = list(self._linears())
         return torch.cat([head.weight for head in heads]), torch.cat([head.bias for head in heads])
 
-    def set_stacked(self, weight: Tensor, bias: Tensor) -> None:
-        """Overwrite all heads: (C, D), (C,)."""
+    def set_stacked(self, weight: Tensor, bias: Tensor | None) -> None:
+        assert bias is not None
         parts = zip(self._linears(), weight.split(self.sizes), bias.split(self.sizes), strict=True)
         with torch.no_grad():
             for head, rows, offsets in parts:
@@ -151,7 +179,7 @@ class TaskHeads(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-class CosineHead(nn.Module):
+class CosineHead(Head):
     """z = sigma * cos(f, w_c), one weight block per task, no bias.
 
     init: "trunc_normal" (std 0.02, cut at +-2), "uniform" (+-1/sqrt(D)), or "zeros" (rows set from class means).
@@ -172,8 +200,8 @@ class CosineHead(nn.Module):
         self.register_buffer("_like", torch.empty(0), persistent=False)
 
     @property
-    def num_classes(self) -> int:
-        return sum(len(block) for block in self.blocks)
+    def sizes(self) -> list[int]:
+        return [len(block) for block in self.blocks]
 
     @property
     def weight(self) -> Tensor:
@@ -191,10 +219,13 @@ class CosineHead(nn.Module):
             nn.init.uniform_(block, -1 / math.sqrt(self.feature_dim), 1 / math.sqrt(self.feature_dim))
         self.blocks.append(nn.Parameter(block))
 
-    def set_weight(self, weight: Tensor) -> None:
-        """Overwrite all blocks: (C, D)."""
+    def stacked(self) -> tuple[Tensor, None]:
+        return self.weight, None
+
+    def set_stacked(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        assert bias is None, "a cosine head has no bias"
         with torch.no_grad():
-            for block, rows in zip(self.blocks, weight.split([len(block) for block in self.blocks]), strict=True):
+            for block, rows in zip(self.blocks, weight.split(self.sizes), strict=True):
                 block.copy_(rows)
 
     def forward(self, features: Tensor) -> Tensor:
@@ -218,8 +249,6 @@ def combine_heads(logits: Tensor, classes: int, how: Literal["max", "mean", "sum
         return votes.log_softmax(dim=2).logsumexp(dim=1)
     return votes.amax(dim=1) if how == "max" else votes.mean(dim=1)
 
-
-Head = LinearHead | TaskHeads | CosineHead
 
 # The heads that a config can choose by name: feature width -> head.
 HEADS: Mapping[str, Callable[[int], Head]] = {

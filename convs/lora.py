@@ -13,11 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from convs.frozen import FrozenLinear
+from convs.cast_once import CastOnceLinear
 from utils.errors import ConfigError
 
 
-class LoRALinear(FrozenLinear):
+class LoRALinear(CastOnceLinear):
     """A linear layer with a branch: (..., in) -> (..., out). weight and bias keep their names, so weight files fit."""
 
     def __init__(self, linear: nn.Linear, rank: int, scale: float):

@@ -1,11 +1,15 @@
 """Pixels -> normalisation -> backbone -> head, as one module."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from convs.backbones import Backbone
 from convs.heads import Head
+from data.transforms import MEAN_STD
 
 
 class Network(nn.Module):
@@ -16,18 +20,15 @@ class Network(nn.Module):
     sizes can read one stream; default: they pass as they are.
     """
 
-    def __init__(
-        self,
-        backbone: Backbone,
-        head: Head,
-        mean: tuple[float, ...],
-        std: tuple[float, ...],
-        image_size: int | None = None,
-    ):
+    def __init__(self, backbone: Backbone, head: Callable[[int], Head], normalize: str, image_size: int | None = None):
+        """head: feature width -> head. normalize: name of the mean and std that are subtracted; "model": those of the
+        backbone's own recipe."""
         super().__init__()
+        own = backbone.info.mean, backbone.info.std
+        mean, std = own if normalize == "model" else MEAN_STD[normalize]
         self.image_size = image_size
         self.backbone: Backbone = backbone
-        self.head: Head = head
+        self.head: Any = head(backbone.feature_dim)  # any `Head`: a learner knows which one it made
         self.mean: Tensor
         self.std: Tensor
         self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)

@@ -11,7 +11,7 @@ from typing import Literal
 
 import numpy as np
 
-from data.table import Row, Variant
+from data.rows import Row, Variant
 from utils.errors import DataError
 
 Level = Literal["error", "warning", "note"]

@@ -13,8 +13,8 @@ import numpy as np
 from data.checks import Findings, check_class_folders, check_classes, found_in, some
 from data.images import Paths, images_below, visible_folders
 from data.records import ImageData, Split
+from data.rows import Row
 from data.splits import Chosen, Pool, cache_root, class_hash, listed_split, read_classes, seeded_split
-from data.table import Row
 
 HALVES = ("train", "test")
 

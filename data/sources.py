@@ -9,17 +9,18 @@ from pathlib import Path
 
 import numpy as np
 
-from data import domains, official  # noqa: F401 - importing them registers their layouts
+import data.archives  # noqa: F401 - registers the data sets of the literature
+from data.archives.cifar import fetch_cifar
 from data.checks import Findings, check_counts
 from data.glyphs import DOMAINS, pretraining_split, stream_split
 from data.images import IMAGE_SUFFIXES
 from data.layouts import LAYOUTS, Options, class_folders, find_place
 from data.npz import load_npz
 from data.records import ImageData, Split
+from data.rows import ROWS, Row, Variant
 from data.splits import split_hash
-from data.table import ROWS, Row, Variant
-from utils.errors import DataError
-from utils.registry import Registry
+from utils.errors import DataError, UserError, did_you_mean
+from utils.registry import Registry, imported
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +52,17 @@ def load(name: str, data_root: str | None, options: Options | None = None) -> Im
     return replace(data, name=name, digest=_digest(data))
 
 
+def _outside(name: str) -> Source:
+    """A data set from the Python path, "package.module:function". Raises UserError where there is none."""
+    kind, _, place = name.partition(":")
+    if near := did_you_mean(kind, ("npz", "folder")):
+        raise UserError(f'unknown data set "{name}"{near.replace(chr(34) + "?", ":" + place + chr(34) + "?")}')
+    found = imported(name, "data set")
+    if not callable(found):
+        raise UserError(f'data set "{name}" is no function from data_root to data.records.ImageData')
+    return found
+
+
 def load_folder(root: Path) -> ImageData:
     """train/<class>/*.jpg and test/<class>/*.jpg; classes in the order of their sorted folder names."""
     return load(f"folder:{root}", None)
@@ -74,6 +86,8 @@ def read(name: str, data_root: str | None, options: Options) -> tuple[ImageData 
         return None, findings
     if colon and kind == "npz":
         return load_npz(Path(place).expanduser()), findings
+    if colon:
+        return _outside(name)(default_root(data_root)), findings
     return SOURCES[name](default_root(data_root)), findings
 
 
@@ -82,7 +96,7 @@ def read_row(row: Row, root: Path, options: Options, findings: Findings) -> Imag
     missing = Findings(row.key, options.strict)
     place = find_place(row, root, missing)
     if place is None and row.layout == "cifar" and options.download:
-        if (sentence := official.fetch_cifar(row, root)) is not None:
+        if (sentence := fetch_cifar(row, root)) is not None:
             findings.error("D11", sentence)
             return None
         place = find_place(row, root, missing := Findings(row.key, options.strict))
@@ -151,7 +165,7 @@ _OWN_FOLDER = Row(
 
 
 class _TableSource:
-    """A row of the table as a source with the default options; --list shows its docstring."""
+    """A row of the table as a source with the default options; `list` shows its docstring."""
 
     def __init__(self, row: Row):
         self._key = row.key

@@ -31,7 +31,7 @@ MEAN_STD: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
 
 @dataclass(frozen=True)
 class Recipe:
-    """meaning: one line for --list.  steps: image size -> torchvision transforms.  random: draws random numbers."""
+    """meaning: one line for `list`.  steps: image size -> torchvision transforms.  random: draws random numbers."""
 
     meaning: str
     steps: Callable[[int], list[Any]]

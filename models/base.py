@@ -1,72 +1,86 @@
 """The contract between a learner and the harness.
 
-A learner is a module with a few hooks; the harness owns the loop, the loaders, the device, evaluation, results and
-checkpoints. Order in one task:
+A learner is a module that answers a few hooks; the harness owns the loop, the loaders, the device, evaluation, results
+and checkpoints. Order in one task (`models/parts/loop.py: learn`):
 
-    before_task -> [prepare -> loss -> after_backward -> after_step]* -> after_epoch ... -> after_task -> predict
+    before_task -> stage* -> after_task,   then frozen and predict on the test images of all tasks seen
+    stage: [[prepare -> loss -> after_backward -> after_step]* -> after_epoch]* -> after_stage
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from convs.backbones import Backbone, BackboneInfo
-from convs.heads import Head
+from convs.backbones import BackboneMaker
 from convs.network import Network
-from data.transforms import MEAN_STD
+from data.loading import View
+from data.stream import Task, TaskInfo
 from models.parts.optim import build_optimizer, build_scheduler, group
-from utils.config import RunConfig
-from utils.data_manager import Task, View
-from utils.landscape import Weights
+from models.parts.stages import Progress, Stage, stage_of
+from models.parts.varied import Varied, Weights
+from utils.config import RunConfig, TrainConfig
 from utils.registry import Registry
 from utils.runtime import Runtime
-
-MakeBackbone = Callable[[], tuple[Backbone, BackboneInfo]]
 
 LEARNERS: Registry[type["Learner"]] = Registry("learner")
 
 
-@contextmanager
-def _nobody_watches() -> Iterator[Callable[[], None]]:
-    yield lambda: None
+@dataclass(frozen=True)
+class Report:
+    """numbers: what a method adds to result.json, under its own keys. pictures: name -> images (N, 3, s, s) in [0, 1]
+    for the run's plots."""
+
+    numbers: Mapping[str, Any] = field(default_factory=dict)
+    pictures: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class Learner(nn.Module):
-    """Base of every learner; a subclass overrides the hooks that it needs and registers itself.
+    """Base of every learner; a subclass answers the hooks that it needs and registers itself.
 
-    Config declares the method's own keys. upstream_seed: what the reference implementation seeds torch with
-    whatever the config says, used with "upstream": true.
+    Config: the method's own keys; of a learner that trains nothing a `RunConfig`.
+    streams: "class" and, where the method defines it, "domain". example: the smallest settings that make sense, for
+    tests. needs_num_tasks: the length of the stream must be known beforehand. waits: {what: why} of the waits for the
+    device inside a step that are meant. transient: attributes that live within a step or a task; the harness sets them
+    to None, a checkpoint leaves them out.
+    frozen_names: names of values that `frozen` knows; may grow with the tasks. needs_images: False where `predict`
+    reads these values alone.
+
+    task: the task at hand; there from before `build` on, also in a resumed run. data: the same with its images, while
+    it is learned. stage: what is being trained, or None. progress: how far it is.
+    State is automatic (models/parts/state.py): parameters, buffers, generators, and whatever has a state_dict.
     """
 
-    Config: ClassVar[type[RunConfig]] = RunConfig
-    upstream_seed: ClassVar[int | None] = None
+    Config: ClassVar[type[RunConfig]] = TrainConfig
+    streams: ClassVar[set[str]] = {"class"}
+    example: ClassVar[dict[str, Any]] = {}
+    needs_num_tasks: ClassVar[bool] = False
+    waits: ClassVar[dict[str, str]] = {}
+    transient: ClassVar[set[str]] = set()
+    frozen_names: Sequence[str] = ()
+    needs_images: bool = True
+
+    config: Any
     network: Network
-    task: Task
+    task: TaskInfo
+    data: Task | None
+    stage: Stage | None
+    progress: Progress
 
-    def __init__(self, config: RunConfig, make_backbone: MakeBackbone, runtime: Runtime):
-        """Build `self.network` from `make_backbone()` (see `build_network`)."""
+    def __init__(self, config: RunConfig, runtime: Runtime, task: TaskInfo):
         super().__init__()
-        self.config, self.runtime = config, runtime
-        # `with self.restartable() as safe_point:` is for a long stage of `before_task` that keeps its progress in a
-        # part: at safe_point() the harness may save, and stop; the resumed run calls `before_task` again.
-        self.restartable: Callable[[], AbstractContextManager[Callable[[], None]]] = _nobody_watches
+        self.config, self.runtime, self.task = config, runtime, task
+        self.data, self.stage, self.progress = None, None, Progress()
 
-    def build_network(self, make_backbone: MakeBackbone, head: Callable[[int], Head]) -> Network:
-        """Backbone + head(feature_dim), normalising as the config says. Keeps `backbone_info` for the results."""
-        return Network(*self.network_parts(make_backbone, head))
-
-    def network_parts(
-        self, make_backbone: MakeBackbone, head: Callable[[int], Head]
-    ) -> tuple[Backbone, Head, tuple[float, ...], tuple[float, ...]]:
-        """What a `Network` is made of, for a learner whose network is a class of its own."""
-        backbone, self.backbone_info = make_backbone()
-        own = (self.backbone_info.mean, self.backbone_info.std)
-        mean, std = own if self.config.normalize == "model" else MEAN_STD[self.config.normalize]
-        return backbone, head(backbone.feature_dim), mean, std
+    def build(self, make_backbone: BackboneMaker) -> None:
+        """Once: make `self.network` and all parts, also those that later tasks fill."""
+        raise NotImplementedError(
+            f"{type(self).__name__}.build is missing: it has to make self.network, for example "
+            "self.network = Network(make_backbone(), LinearHead, self.config.normalize)"
+        )
 
     def before_task(self, task: Task) -> None:
         """Make room for the task's classes: grow heads, freeze, design branches, undo what must not last."""
@@ -75,111 +89,84 @@ class Learner(nn.Module):
             "for example self.network.head.grow(task.total_classes)"
         )
 
+    def stages(self, task: Task) -> Sequence[Stage]:
+        """What is trained in this task, in order; (): nothing. Asked again before each stage and on resume: draws
+        nothing, changes nothing. Default: one stage, from the config."""
+        stage = stage_of(self.config, task)
+        return (stage,) if stage.epochs else ()
+
     def train_data(self, task: Task) -> View:
-        """The images that `fit` trains on."""
+        """The images that the stage trains on; asked once a stage."""
         return task.train.view("train")
 
-    def epochs(self, task: Task) -> int:
-        """Epochs of `fit` in this task; 0 leaves the learner to `after_task`."""
-        return self.config.epochs_of(task.index)
-
     def param_groups(self) -> list[dict[str, Any]]:
-        """What the optimiser moves, as torch parameter groups; default: all of the network that is not frozen."""
-        return [group(self.network.parameters(), self.lrate, self.weight_decay)]
+        """What the optimiser moves in this stage, as torch parameter groups; default: all of its module that is not
+        frozen."""
+        assert self.stage is not None
+        module: nn.Module = getattr(self, self.stage.module)
+        return [group(module.parameters(), self.stage.lrate, self.stage.weight_decay)]
 
-    def make_optimizer(self, epochs: int) -> tuple[Optimizer, LRScheduler]:
-        """Fresh for each task; the scheduler is stepped once an epoch."""
-        optimizer = build_optimizer(self.config, self.param_groups(), fused=self.runtime.device.type == "cuda")
-        return optimizer, build_scheduler(self.config, optimizer, epochs)
+    def make_optimizer(self) -> tuple[Optimizer, LRScheduler]:
+        """Fresh for each stage; the scheduler is stepped once an epoch."""
+        assert self.stage is not None
+        fused = self.runtime.device.type == "cuda"
+        optimizer = build_optimizer(self.stage, self.param_groups(), fused, self.config.sam)
+        return optimizer, build_scheduler(self.stage, optimizer)
 
     def prepare(self, images: Tensor, targets: Tensor) -> tuple[Any, Any]:
         """Once a batch, before `loss`, which may run twice on it: what need not be computed twice."""
         return images, targets
 
-    def loss(self, net: nn.Module, images: Any, targets: Tensor) -> Tensor:
+    def loss(self, net: nn.Module, inputs: Any, targets: Any) -> Tensor:
         """Mean loss over the batch, on the device. Changes no state.
 
-        net: the network, maybe wrapped for several processes or compiled: call it, not `self.network`.
+        net: the stage's module, maybe wrapped for several processes or compiled: call it, not `self.network`.
+        inputs, targets: what `prepare` gave.
         """
         raise NotImplementedError(
             f"{type(self).__name__}.loss is missing: return the mean loss of a batch, for example "
-            "cross_entropy(net(images), targets), or override epochs() to return 0 if nothing is trained"
+            "cross_entropy(net(inputs), targets), or let stages() return () if nothing is trained"
         )
 
     def after_backward(self) -> None:
-        """Gradients are there and may be changed."""
+        """Gradients are there and may be changed, or dropped (None); twice a step with SAM."""
 
     def after_step(self, images: Tensor, targets: Tensor) -> None:
         """Once a batch, after the optimiser's step: pixels in [0, 1] and labels of the batch."""
 
     def after_epoch(self, epoch: int) -> dict[str, float]:
-        """Numbers for the epoch's log line."""
+        """Numbers for the epoch's log line. epoch: from 1."""
         return {}
+
+    def after_stage(self, task: Task) -> None:
+        """After each stage, the last included; `self.stage` is the one that ended."""
 
     def after_task(self, task: Task) -> None:
-        """Statistics, alignment, merging, memory. Evaluation comes after this."""
-
-    def predict(self, images: Tensor) -> Tensor:
-        """(B, 3, s, s) in [0, 1] -> scores of all classes seen (B, C); must not depend on the rest of the batch."""
-        return self.network(images)
-
-    def landscape_parameters(self) -> dict[str, Weights]:
-        """After a task, what --landscape varies, by name; default: every weight that trained in the task."""
-        return {name: Weights(p) for name, p in self.named_parameters() if p.requires_grad}
-
-    def landscape_branches(self) -> Sequence[Mapping[str, Weights]]:
-        """Sets of weights trained side by side, under the names of `landscape_parameters`, into whose place each of
-        them can be put: --landscape draws the loss between them. Default: there are none."""
-        return ()
-
-    def landscape_loss(self, images: Tensor, targets: Tensor) -> Tensor:
-        """The loss that --landscape draws, in evaluation mode; default: the training loss. `self.task` may be an older
-        task than the head's last."""
-        return self.loss(self.network, *self.prepare(images, targets))
+        """Statistics, alignment, merging, exemplars. Evaluation comes after this."""
 
     def features(self, images: Tensor) -> Tensor:
-        """(B, 3, s, s) in [0, 1] -> (B, D): what the probes read."""
+        """(B, 3, s, s) in [0, 1] -> (B, D): what probes, nearest means and drift read."""
         return self.network.features(images)
 
-    def results(self) -> dict[str, Any]:
-        """What the method adds to result.json, under its own keys."""
+    def frozen(self, images: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
+        """Of these names, what will never change again for an image: name -> (B, ...). Computed once an image, then
+        stored."""
         return {}
 
-    def pictures(self) -> dict[str, Tensor]:
-        """name -> images (N, 3, s, s) in [0, 1] that `before_task` made, for the run's plots."""
-        return {}
+    def predict(self, images: Tensor | None, frozen: Mapping[str, Tensor]) -> Tensor | dict[str, Tensor]:
+        """(B, 3, s, s) in [0, 1] and the stored values of these images -> scores of all classes seen (B, C), which
+        must not depend on the rest of the batch; several scores by name, the main one first, the same names in every
+        task. images: None where `needs_images` is False and all values are stored. A class that cannot be scored yet
+        scores lowest."""
+        assert images is not None
+        return self.network(images)
 
-    def parts(self) -> dict[str, Any]:
-        """Objects with state_dict and load_state_dict that are no modules; saved and restored with the learner."""
-        return {}
+    def report(self) -> Report:
+        """What the method adds to results and plots; asked after `before_task` (pictures) and `after_task`."""
+        return Report()
 
-    @property
-    def lrate(self) -> float:
-        return self.config.lrate_of(self.task.index)
-
-    @property
-    def weight_decay(self) -> float:
-        return self.config.weight_decay_of(self.task.index)
-
-    def trained_numbers(self) -> int:
-        """How many numbers training moves in the task at hand."""
-        return sum(p.numel() for p in self.parameters() if p.requires_grad)
-
-    def stored_bytes(self) -> int:
-        """What the method keeps between tasks beyond the frozen pre-trained network: everything else in its state."""
-        frozen = {id(p) for p in self.network.backbone.model.parameters() if not p.requires_grad}
-        kept = [value for value in self.state_dict(keep_vars=True).values() if id(value) not in frozen]
-        tensors = _tensors_in([*kept, *(part.state_dict() for part in self.parts().values())])
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-    def statistics_bytes(self, tasks: Sequence[Task]) -> int:
-        """What the statistics of these tasks will take in the state, known beforehand; 0 when the method keeps none."""
-        return 0
-
-
-def _tensors_in(value: Any) -> list[Tensor]:
-    if isinstance(value, Tensor):
-        return [value]
-    if isinstance(value, dict):
-        value = list(value.values())
-    return [tensor for item in value for tensor in _tensors_in(item)] if isinstance(value, list | tuple) else []
+    def landscape(self) -> Varied:
+        """After a task, how its loss landscape is drawn; default: the training loss over every weight that trained.
+        `self.task` may be an older task than the head's last."""
+        weights = {name: Weights(p) for name, p in self.named_parameters() if p.requires_grad}
+        return Varied(weights, lambda images, targets: self.loss(self.network, *self.prepare(images, targets)))

@@ -9,33 +9,33 @@ starts again from the pre-trained weights at each task (T times the cost): an up
 from typing import Any, Literal
 
 import torch.nn.functional as F
-from pydantic import Field
 from torch import Tensor, nn
 
+from convs.backbones import BackboneMaker
 from convs.heads import HEADS
-from models.base import LEARNERS, Learner, MakeBackbone
+from convs.network import Network
+from data.loading import View
+from data.stream import Task
+from models.base import LEARNERS, Learner
 from models.parts.optim import backbone_and_head
-from utils.config import Rate, RunConfig
-from utils.data_manager import Task, View
-from utils.runtime import Runtime
-
-
-class JointConfig(RunConfig):
-    head: Literal["linear", "cosine"] = Field("linear", description="cosine has a learnable scale and no bias")
-    backbone_lr_factor: Rate = Field(1.0, description="the backbone's learning rate over the head's; 0: linear probe")
-    restart: bool = Field(True, description="begin each task from the pre-trained weights and a fresh head")
+from utils.config import Rate, TrainConfig
+from utils.keys import key
 
 
 @LEARNERS.register("joint")
 class Joint(Learner):
     """Keeps all training images, which no continual learner may."""
 
-    Config = JointConfig
-    config: JointConfig
+    class Config(TrainConfig):
+        head: Literal["linear", "cosine"] = key("linear", "cosine has a learnable scale and no bias")
+        backbone_lr_factor: Rate = key(1.0, "the backbone's learning rate over the head's; 0: linear probe")
+        restart: bool = key(True, "begin each task from the pre-trained weights and a fresh head")
 
-    def __init__(self, config: JointConfig, make_backbone: MakeBackbone, runtime: Runtime):
-        super().__init__(config, make_backbone, runtime)
-        self.network = self.build_network(make_backbone, HEADS[config.head])
+    streams = {"class", "domain"}
+
+    def build(self, make_backbone: BackboneMaker) -> None:
+        config = self.config
+        self.network = Network(make_backbone(), HEADS[config.head], config.normalize)
         if config.backbone_lr_factor == 0:
             self.network.backbone.requires_grad_(False)
         state = self.network.backbone.state_dict()
@@ -51,7 +51,7 @@ class Joint(Learner):
         return task.train_so_far.view("train")
 
     def param_groups(self) -> list[dict[str, Any]]:
-        return backbone_and_head(self.network, self.lrate, self.weight_decay, self.config.backbone_lr_factor)
+        return backbone_and_head(self.network, self.stage, self.config.backbone_lr_factor)
 
-    def loss(self, net: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
-        return F.cross_entropy(net(images), targets)
+    def loss(self, net: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(net(inputs), targets)

@@ -8,8 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from utils.data_manager import DataManager
-from utils.factory import build_learner, config_from
+from convs.backbones import Backbone, BackboneInfo
+from convs.weights import LoadReport
+from data.stream import DataManager
+from models.base import LEARNERS
+from models.factory import build_learner, config_from, learner_class
+from utils.config import RunConfig, TrainConfig
 from utils.runtime import Runtime
 
 FIXTURES = Path(os.environ.get("PALIMPSEST_FIXTURES") or Path(__file__).parent / "fixtures")
@@ -41,24 +45,50 @@ def write_stream(
     return f"npz:{path}"
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--learner",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="in tests/contract: this learner instead of all registered ones; also package.module:Class",
+    )
+
+
+def pytest_generate_tests(metafunc):
+    """`learner_name` runs over the learners that a contract test is asked for."""
+    if "learner_name" in metafunc.fixturenames:
+        metafunc.parametrize("learner_name", metafunc.config.getoption("--learner") or list(LEARNERS))
+
+
+TRAINING = {"epochs": 4, "batch_size": 4, "optimizer": "adamw", "lrate": 0.005}
+
+
 def tiny_values(tmp_path: Path, model_name: str = "finetune", **keys: Any) -> dict[str, Any]:
-    """Raw config of a learner on the tiny stream and a tiny random ViT; None takes a key away."""
+    """Raw config of a learner on the tiny stream and a tiny random ViT, with the learner's own `example`; None takes a
+    key away."""
+    known = ":" in model_name or model_name in LEARNERS
+    learner = learner_class(model_name if known else "finetune")
     values = {
         "model_name": model_name,
         "backbone": TINY_VIT,
         "weights": "random",
         "increment": 2,
         "normalize": "half",
-        "epochs": 4,
-        "batch_size": 4,
-        "optimizer": "adamw",
-        "lrate": 0.005,
         "num_workers": 0,
         "device": "cpu",
+        **(TRAINING if issubclass(learner.Config, TrainConfig) else {}),
+        **learner.example,
     }
     if "dataset" not in keys:
         keys["dataset"] = write_stream(tmp_path / "stream.npz")
-    return {key: value for key, value in (values | keys).items() if value is not None}
+    trains = issubclass(learner.Config, TrainConfig)
+    given = {key: value for key, value in keys.items() if trains or key not in TRAINING_KEYS}
+    return {key: value for key, value in (values | given).items() if value is not None}
+
+
+# What a test may ask of every learner, and one that trains nothing does not have.
+TRAINING_KEYS = set(TrainConfig.model_fields) - set(RunConfig.model_fields)
 
 
 def build_tiny(tmp_path: Path, model_name: str = "finetune", **keys: Any):
@@ -67,7 +97,13 @@ def build_tiny(tmp_path: Path, model_name: str = "finetune", **keys: Any):
     runtime = Runtime("cpu", "fp32", num_workers=0)
     manager = DataManager(config, image_size=16)
     torch.manual_seed(0)
-    return manager, build_learner(config, runtime)
+    return manager, build_learner(config, runtime, manager[0].info)
+
+
+def bare_backbone(model: torch.nn.Module, width: int) -> Backbone:
+    """A network of one's own as a backbone, pixels as they are."""
+    report = LoadReport("random", None, 0.0)
+    return Backbone(model, BackboneInfo("own", width, 16, (0.0,) * 3, (1.0,) * 3, report))
 
 
 @pytest.fixture(autouse=True)

@@ -45,7 +45,7 @@ def test_the_landscape_agrees_with_the_cpu(tmp_path):
     run(tmp_path, "out", device="cpu", precision="fp32")
     found = []
     for device in ("cpu", "cuda"):
-        command = ["--landscape", str(tmp_path / "out"), "--grid", "3", "--output", str(tmp_path / device)]
+        command = ["landscape", str(tmp_path / "out"), "--grid", "3", "--output", str(tmp_path / device)]
         assert main.main([*command, "--device", device]) == 0
         found.append(json.loads((tmp_path / device / "seed1993" / "landscape" / "task3.json").read_text()))
     for key in ("loss", "gradient_norm", "sharpness_10", "top_eigenvalue"):

@@ -346,7 +346,7 @@ def test_check_runs_nothing(tmp_path, capsys):
 
 @pytest.mark.parametrize("learner", list(LEARNERS))
 def test_keys_lists_every_key_with_its_meaning(learner, capsys):
-    assert main.main(["--keys", learner]) == 0
+    assert main.main(["keys", learner]) == 0
     out = capsys.readouterr().out
     for key, field in LEARNERS[learner].Config.model_fields.items():
         assert f"\n{key}" in "\n" + out
@@ -354,7 +354,7 @@ def test_keys_lists_every_key_with_its_meaning(learner, capsys):
 
 
 def test_list_names_learners_data_sets_and_experiments(capsys):
-    assert main.main(["--list"]) == 0
+    assert main.main(["list"]) == 0
     out = capsys.readouterr().out
     for word in ("simplecil", "glyphs", "crop_flip_scale05", "small_vit", "exps/quickstart.json"):
         assert word in out

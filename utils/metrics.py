@@ -5,6 +5,7 @@ acc[t, i] = 100 * correct[t, i] / count[i] in percent, NaN where task i was not 
 diagonal, unless all domains of a stream are evaluated each time. Nothing is rounded.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -68,6 +69,25 @@ def summarise(correct: np.ndarray, correct_task_il: np.ndarray, count: np.ndarra
         "acc": nested(acc),
         "acc_task_il": nested(acc_task_il),
     }
+
+
+def summarise_scores(names: Sequence[str], correct: np.ndarray, count: np.ndarray) -> dict[str, Any]:
+    """Of every score: the main one's numbers under their own names, those of the others with "_<name>" behind them.
+
+    correct (S, 3, R, T): right among all classes, with the task known, among the five best.
+    """
+    found: dict[str, Any] = {"scores": list(names)}
+    for number, (name, (class_il, task_il, top5)) in enumerate(zip(names, correct, strict=True)):
+        curve = pooled_curve(top5, count)
+        numbers = summarise(class_il, task_il, count)
+        numbers |= {"last_acc_top5": float(curve[-1]), "avg_acc_top5": float(curve.mean())}
+        found |= {f"{key}_{name}" if number else key: value for key, value in numbers.items()}
+    return found
+
+
+def accuracy_by_class(right: np.ndarray, count: np.ndarray) -> list[float | None]:
+    """right (C,), count (C,) test images of each class -> percent, null where a class has none."""
+    return [None if n == 0 else float(100.0 * r / n) for r, n in zip(right, count, strict=True)]
 
 
 def summarise_probe(kind: str | None, correct: np.ndarray, count: np.ndarray) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """Tables from name to object that fill themselves: a new learner or data set edits no central list."""
 
+import importlib
 from collections.abc import Callable, Iterator
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from utils.errors import UserError, did_you_mean
 
@@ -42,3 +43,22 @@ class Registry(Generic[T]):
         """The sentence that answers an unknown name."""
         near = did_you_mean(name, self._table)
         return f'unknown {self.kind} "{name}"{near or "."} Known: {", ".join(self)}'
+
+
+def imported(name: str, kind: str) -> Any:
+    """What "package.module:Name" stands for on the Python path.
+
+    Raises UserError when the module cannot be imported or has no such name.
+    """
+    module, _, attribute = name.partition(":")
+    try:
+        found = importlib.import_module(module)
+    except ImportError as error:
+        raise UserError(
+            f'{kind} "{name}": the module "{module}" cannot be imported ({error}). It is looked for on the Python path '
+            "(PYTHONPATH, or installed)"
+        ) from None
+    if not hasattr(found, attribute):
+        near = did_you_mean(attribute, vars(found))
+        raise UserError(f'{kind} "{name}": {found.__name__} has no "{attribute}"{near}')
+    return getattr(found, attribute)

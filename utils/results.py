@@ -30,12 +30,6 @@ def write_json(path: Path, values: Any) -> None:
     write_text(path, json.dumps(values, indent=1, allow_nan=False) + "\n")
 
 
-def read_result(folder: Path) -> dict[str, Any] | None:
-    """result.json of a seed's folder, or None when there is none."""
-    path = folder / "result.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-
-
 def make_folder(folder: Path) -> None:
     """Create a folder, or say why it cannot be written."""
     try:
@@ -83,7 +77,8 @@ class run_log:  # noqa: N801 - used as a context manager, like contextlib.suppre
 def summarise_seeds(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """{metric: {"mean", "std", "n", "values"}}: sample standard deviation, null for one seed."""
     summary: dict[str, Any] = {"seeds": [result["config"]["seed"] for result in results]}
-    for metric in METRICS:
+    others = [f"{metric}_{name}" for name in results[0].get("scores", ())[1:] for metric in METRICS[:2]]
+    for metric in (*METRICS, *others):
         values = [result[metric] for result in results if result.get(metric) is not None]
         if values:
             std = float(np.std(values, ddof=1)) if len(values) > 1 else None
@@ -91,14 +86,49 @@ def summarise_seeds(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return summary
 
 
+MEANINGS = {
+    "last_acc": "accuracy after the last task",
+    "avg_acc": "mean of the accuracies after each task",
+    "last_acc_task_il": "after the last task, with the task known",
+    "avg_acc_task_il": "mean over the tasks, with the task known",
+    "forgetting": "forgetting: best accuracy on a task less its last",
+    "bwt": "backward transfer: last accuracy on a task less its first",
+    "last_probe": "probe after the last task",
+    "avg_probe": "mean of the probe over the tasks",
+}
+
+
+def summary_text(results: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]) -> str:
+    """summary.md: what was run, in words, and the numbers as a table. results: of the seeds."""
+    first = results[0]
+    config, sizes, data = first["config"], first["task_sizes"], first["data"]["name"]
+    backbone = config["backbone"] if isinstance(config["backbone"], str) else config["backbone"]["name"]
+    tasks = f"{len(sizes)} domains" if first["domains"] else f"{len(sizes)} tasks of {_sizes(sizes)} classes"
+    seeds = ", ".join(map(str, summary["seeds"]))
+    return (
+        f"# {config['model_name']} on {data}\n\n{tasks}; backbone {backbone} ({first['weights']['name']}); "
+        f"class order by seed; seeds {seeds}. Accuracies in percent, over the test images of all classes seen.\n\n"
+        f"{summary_table(summary)}"
+    )
+
+
+def _sizes(sizes: Sequence[int]) -> str:
+    """ "10" for equal tasks, "50, then 10" for a larger first one, else all."""
+    later = set(sizes[1:])
+    if len(later) <= 1:
+        return str(sizes[0]) if not later or later == {sizes[0]} else f"{sizes[0]}, then {sizes[1]}"
+    return ", ".join(map(str, sizes))
+
+
 def summary_table(summary: Mapping[str, Any]) -> str:
     """The summary as a Markdown table."""
-    rows = ["| metric | mean | std | n |", "|---|---|---|---|"]
-    for metric in METRICS:
-        if metric in summary:
-            entry = summary[metric]
+    rows = ["| metric | mean | std | n | meaning |", "|---|---|---|---|---|"]
+    for metric, entry in summary.items():
+        if isinstance(entry, Mapping):
             std = "" if entry["std"] is None else f"{entry['std']:.2f}"
-            rows.append(f"| {metric} | {entry['mean']:.2f} | {std} | {entry['n']} |")
+            score = next((m for m in MEANINGS if metric.startswith(m) and metric != m), None)
+            meaning = MEANINGS.get(metric) or (f"the same by the score {metric[len(score) + 1 :]}" if score else "")
+            rows.append(f"| {metric} | {entry['mean']:.2f} | {std} | {entry['n']} | {meaning} |")
     return "\n".join(rows) + "\n"
 
 

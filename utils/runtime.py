@@ -1,9 +1,8 @@
 """Where and how a run computes: device, precision, processes, stopwatch. Learners ask for it, none owns a device."""
 
 import os
-import resource
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -57,11 +56,21 @@ class Runtime:
         self.autocast_dtype = torch.bfloat16 if bf16 else None
         self._num_workers, self._compile = num_workers, compile
         self.stopwatch = Stopwatch()
+        self.on_safe_point: Callable[[], None] | None = None  # set by whoever can save a run
 
     @property
     def is_main(self) -> bool:
         """Whether this process writes files and talks."""
         return self.rank == 0
+
+    def safe_point(self) -> None:
+        """For a long piece of `before_task` that keeps its progress in a part: here the run may be saved, and stopped.
+
+        A resumed run calls `before_task` again, which goes on from what the part holds; what comes before the piece
+        must bear being repeated.
+        """
+        if self.on_safe_point is not None:
+            self.on_safe_point()
 
     def workers(self, cheap: bool) -> int:
         """Loader processes; cheap: batches are copies from memory, which no process speeds up."""
@@ -127,6 +136,10 @@ class Runtime:
         """Of the device on CUDA, of the process on CPU."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device) / 2**20
+        try:
+            import resource
+        except ImportError:  # not on every platform
+            return 0.0
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
     def describe(self) -> dict[str, Any]:

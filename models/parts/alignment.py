@@ -19,23 +19,30 @@ The heads are one (C, D) matrix, the norms one product with the head-of-column m
 one step is a handful of kernels and nothing is read back.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Annotated, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor
 from torch.optim import SGD
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
+from convs.heads import CosineHead, Head
+from data.stream import TaskInfo
 from models.parts.gaussians import ClassGaussians
+from utils.config import Count, Rate, TrainConfig, Whole
+from utils.keys import GIVEN, key
+from utils.runtime import Runtime
+from utils.seed import mix
 
 HALF_WIDTH = 0.01  # of the uniform distribution of q around mu; a constant in SLCA++'s reference
 
 
 @dataclass(frozen=True)
-class Alignment:
+class AlignmentSettings:
     """Settings of the stage. SGD from scratch, lrate falling to 0 along a cosine over the epochs.
 
     samples: per Gaussian and epoch, and rows per step.  tau: temperature of the normalised logits, 0 for plain logits.
@@ -52,6 +59,45 @@ class Alignment:
     cosine: bool = False
     scale: float = 1.0
     distance_mu: float = 0.0
+
+
+class AlignmentConfig(TrainConfig):
+    """The keys of the stage, for learners that have it."""
+
+    momentum: Annotated[float, Field(ge=0, lt=1)] = key(0.9, "of sgd, and of the alignment")
+    ca_epochs: Whole = key(5, "epochs of classifier alignment; 0: no alignment and no statistics")
+    ca_lrate: Rate | None = key(None, "learning rate of the alignment; default: lrate", only={"ca_epochs": GIVEN})
+    ca_weight_decay: Rate | None = key(
+        None, "weight decay of the alignment; default: weight_decay", only={"ca_epochs": GIVEN}
+    )
+    ca_samples: Count = key(
+        256, "features drawn per class and alignment epoch, and per step", only={"ca_epochs": GIVEN}
+    )
+    ca_with_logit_norm: Rate = key(
+        0.1, "temperature of the normalised logits; 0: plain logits", only={"ca_epochs": GIVEN}
+    )
+    mean_decay: Rate = key(
+        0.1, "how far the means of the oldest classes shrink in alignment; 0: not", only={"ca_epochs": GIVEN}
+    )
+
+    def faults(self) -> Iterator[tuple[str, str]]:
+        yield from super().faults()
+        if self.names("momentum") and self.optimizer != "sgd" and not self.ca_epochs:
+            yield "momentum", 'has no effect with this "optimizer" and without "ca_epochs": drop the key'
+
+    def alignment(self, task: TaskInfo, distance_mu: float = 0.0, scale: float = 1.0) -> AlignmentSettings:
+        """The settings of the stage after a task."""
+        lrate, decay = self.ca_lrate, self.ca_weight_decay
+        return AlignmentSettings(
+            epochs=self.ca_epochs,
+            lrate=self.of_task("lrate", task.index) if lrate is None else lrate,
+            weight_decay=self.of_task("weight_decay", task.index) if decay is None else decay,
+            momentum=self.momentum,
+            samples=self.ca_samples,
+            tau=self.ca_with_logit_norm,
+            scale=scale,
+            distance_mu=distance_mu,
+        )
 
 
 class Draws(NamedTuple):
@@ -71,12 +117,47 @@ class Aligned(NamedTuple):
     losses: Tensor
 
 
+def align_head(
+    head: Head,
+    gaussians: ClassGaussians,
+    settings: AlignmentSettings,
+    task: TaskInfo,
+    runtime: Runtime,
+    *,
+    decay: float = 0.0,
+    upstream_index: bool = False,
+    reduce: Callable[[Tensor], Tensor] | None = None,
+    seed: int = 0,
+) -> None:
+    """Train the whole head of a learner on samples of the classes seen; it stays so.
+
+    decay: how far the means of the oldest classes shrink. upstream_index: a class's task is counted as the references
+    do, see `upstream_tasks`. reduce: see `align`. seed: of the draws, mixed with the task: every process draws the
+    same, wherever the run was interrupted. A cosine head is aligned by its cosines.
+    """
+    tasks = gaussians.tasks
+    if upstream_index and task.domain is None:
+        tasks = upstream_tasks(gaussians.labels, len(task.classes))
+    with runtime.stopwatch("alignment"):
+        aligned = align(
+            *head.stacked(),
+            head.sizes,
+            gaussians,
+            replace(settings, cosine=isinstance(head, CosineHead)),
+            mean_factor=mean_decay(tasks, task.index, decay),
+            ages=task.index - tasks,
+            reduce=reduce,
+            generator=torch.Generator(runtime.device).manual_seed(mix(seed, task.index)),
+        )
+        head.set_stacked(aligned.weight, aligned.bias)
+
+
 def align(
     weight: Tensor,
     bias: Tensor | None,
     sizes: Sequence[int],
     gaussians: ClassGaussians,
-    settings: Alignment,
+    settings: AlignmentSettings,
     *,
     mean_factor: Tensor | None = None,
     ages: Tensor | None = None,
@@ -119,7 +200,7 @@ def _draw_epoch(
     rows: Tensor,
     gaussians: ClassGaussians,
     means: Tensor,
-    settings: Alignment,
+    settings: AlignmentSettings,
     ages: Tensor | None,
     generator: torch.Generator | None,
     given: Draws | None,
@@ -138,7 +219,9 @@ def _draw_epoch(
     return order
 
 
-def head_logits(rows: Tensor, weight: Tensor, bias: Tensor | None, settings: Alignment, heads: Tensor) -> Tensor:
+def head_logits(
+    rows: Tensor, weight: Tensor, bias: Tensor | None, settings: AlignmentSettings, heads: Tensor
+) -> Tensor:
     """(B, D) -> what the loss reads (B, C); heads (C, T) as `head_of_column` gives it."""
     if settings.cosine:
         logits = F.linear(F.normalize(rows, dim=1), F.normalize(weight, dim=1), bias)

@@ -12,36 +12,19 @@ factor is what is stored, and the samples of many classes are one batched produc
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from models.parts.loop import extract_features
-from utils.data_manager import View
+from convs.growing import Growing
+from data.loading import View, extract_features
+from data.stream import Task
 from utils.runtime import Runtime
 
 # Gaussians sampled at a time, so that noise never takes the memory of an epoch: on a CPU what its cache holds.
 CHUNK = {"cpu": 4, "cuda": 16}
 STRIPS = 8  # of a triangular factor: the zeros to the right of a strip are not multiplied, 9/16 of the work is left
-
-
-class Growing(nn.Module):
-    """A module whose buffers grow along their first dimension and load any length from a checkpoint."""
-
-    def declare(self, name: str, *shape: int, dtype: torch.dtype = torch.float32) -> None:
-        self.register_buffer(name, torch.zeros(0, *shape, dtype=dtype))
-
-    def append(self, **rows: Tensor) -> None:
-        for name, new in rows.items():
-            old = getattr(self, name)
-            setattr(self, name, torch.cat([old, new.to(old)]))
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        for name, buffer in list(self.named_buffers(recurse=False)):
-            if (saved := state_dict.get(prefix + name)) is not None:
-                setattr(self, name, buffer.new_empty(saved.shape))
-        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 class FullCovariances(Growing):
@@ -246,9 +229,13 @@ class ClassGaussians(Growing):
         """(G, D, D) float32, as far as the storage kind keeps them."""
         return self.covariances.dense()
 
-    def planned_bytes(self, gaussians: int, tasks: int) -> int:
-        """What the buffers will take once there are that many Gaussians from that many tasks."""
-        return gaussians * (8 * self.means.shape[1] + 16) + self.covariances.planned_bytes(gaussians, tasks)
+    def expected_bytes(self, tasks: Sequence[Task]) -> int:
+        """What the buffers will take once the classes of these tasks are measured."""
+        return self.bytes_of(sum(len(np.unique(task.train.labels)) for task in tasks), len(tasks))
+
+    def bytes_of(self, classes: int, tasks: int) -> int:
+        """Of that many Gaussians from that many tasks."""
+        return classes * (8 * self.means.shape[1] + 16) + self.covariances.planned_bytes(classes, tasks)
 
 
 def by_label(features: Tensor, labels: Tensor) -> Iterator[tuple[int, Tensor]]:

@@ -10,7 +10,7 @@ class ImageMemory:
     """At most `capacity` images with their labels; a subclass decides which, by what it writes to which slot.
 
     Random numbers come from a generator of its own, which is part of the state, so that every process that is shown
-    the same images keeps the same ones, and a resumed run goes on with the same draws. Put it in `Learner.parts`.
+    the same images keeps the same ones, and a resumed run goes on with the same draws.
     """
 
     def __init__(self, capacity: int, seed: int):

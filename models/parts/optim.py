@@ -17,28 +17,29 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, LRScheduler, MultiStepLR
 
 from convs.network import Network
-from utils.config import RunConfig
+from models.parts.stages import Stage
+from utils.config import Sam
 
 
-def build_optimizer(config: RunConfig, groups: Iterable[dict[str, Any]], fused: bool) -> Optimizer:
-    """config.optimizer over `groups`, each with its own lr and weight_decay, inside SAM when config.sam asks for it.
+def build_optimizer(stage: Stage, groups: Iterable[dict[str, Any]], fused: bool, sam: Sam | None = None) -> Optimizer:
+    """stage.optimizer over `groups`, each with its own lr and weight_decay, inside SAM when it is asked for.
 
     fused: one kernel a step, on CUDA; on a CPU torch's default is as fast.
     """
     groups = list(groups)
-    if config.optimizer == "sgd":
-        optimizer: Optimizer = SGD(groups, momentum=config.momentum, fused=fused)
+    if stage.optimizer == "sgd":
+        optimizer: Optimizer = SGD(groups, momentum=stage.momentum, fused=fused)
     else:
-        optimizer = (Adam if config.optimizer == "adam" else AdamW)(groups, fused=fused)
-    return optimizer if config.sam is None else SAM(optimizer, config.sam.rho, config.sam.damping)
+        optimizer = (Adam if stage.optimizer == "adam" else AdamW)(groups, fused=fused)
+    return optimizer if sam is None else SAM(optimizer, sam.rho, sam.damping)
 
 
-def build_scheduler(config: RunConfig, optimizer: Optimizer, epochs: int) -> LRScheduler:
+def build_scheduler(stage: Stage, optimizer: Optimizer) -> LRScheduler:
     """Stepped once an epoch. cosine: lr_e = min_lr + (lr_0 - min_lr)(1 + cos(pi e / E)) / 2, e = 0..E-1."""
-    if config.scheduler == "multistep":
-        return MultiStepLR(optimizer, list(config.milestones), gamma=config.lrate_decay)
-    if config.scheduler == "cosine":
-        return CosineAnnealingLR(optimizer, T_max=epochs, eta_min=config.min_lr)
+    if stage.scheduler == "multistep":
+        return MultiStepLR(optimizer, list(stage.milestones), gamma=stage.lrate_decay)
+    if stage.scheduler == "cosine":
+        return CosineAnnealingLR(optimizer, T_max=stage.epochs, eta_min=stage.min_lr)
     return ConstantLR(optimizer, factor=1.0)
 
 
@@ -51,12 +52,11 @@ def group(
     return {"params": trainable, "lr": lr, "weight_decay": weight_decay, "stacked": stacked}
 
 
-def backbone_and_head(
-    network: Network, lr: float, weight_decay: float, backbone_factor: float = 1.0
-) -> list[dict[str, Any]]:
-    """Two groups, the backbone's at lr * backbone_factor; a frozen backbone has none."""
-    backbone = group(network.backbone.parameters(), lr * backbone_factor, weight_decay)
-    head = group(network.head.parameters(), lr, weight_decay)
+def backbone_and_head(network: Network, stage: Stage | None, backbone_factor: float = 1.0) -> list[dict[str, Any]]:
+    """Two groups, the backbone's at lrate * backbone_factor; a frozen backbone has none."""
+    assert stage is not None
+    backbone = group(network.backbone.parameters(), stage.lrate * backbone_factor, stage.weight_decay)
+    head = group(network.head.parameters(), stage.lrate, stage.weight_decay)
     return [backbone, head] if backbone["params"] else [head]
 
 

@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.parts.loop import extract_features
-from utils.data_manager import Task
+from data.loading import extract_features
+from data.stream import Task
 from utils.seed import mix
 
 if TYPE_CHECKING:  # a part imports no learner; `probe` receives one

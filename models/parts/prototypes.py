@@ -1,25 +1,25 @@
 """Class means of features, accumulated over a stream."""
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from models.parts.loop import for_each_batch
-from utils.data_manager import View
+from convs.growing import Growing
+from data.loading import View, for_each_batch
 from utils.runtime import Runtime
 
 
-class ClassMeans(nn.Module):
+class ClassMeans(Growing):
     """Running sums (C, D) and counts (C,) in float64, so a class that comes back (another domain) goes on."""
+
+    sums: Tensor
+    counts: Tensor
 
     def __init__(self, feature_dim: int):
         super().__init__()
-        self.register_buffer("sums", torch.zeros(0, feature_dim, dtype=torch.float64))
-        self.register_buffer("counts", torch.zeros(0, dtype=torch.float64))
-        self.sums: Tensor
-        self.counts: Tensor
+        self.declare("sums", feature_dim, dtype=torch.float64)
+        self.declare("counts", dtype=torch.float64)
 
     def grow(self, total_classes: int) -> None:
         new = total_classes - len(self.counts)
@@ -40,11 +40,11 @@ class ClassMeans(nn.Module):
         self.counts += runtime.reduce_sum(counts)
 
     @property
+    def empty(self) -> Tensor:
+        """(C,): classes of which no image has been seen."""
+        return self.counts == 0
+
+    @property
     def means(self) -> Tensor:
         """(C, D) float32; zero for a class without images."""
         return (self.sums / self.counts.clamp(min=1)[:, None]).float()
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        for name in ("sums", "counts"):
-            setattr(self, name, getattr(self, name).new_empty(state_dict[prefix + name].shape))
-        super()._load_from_state_dict(state_dict, prefix, *args)

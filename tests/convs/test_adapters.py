@@ -9,9 +9,8 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 
 from convs.adapters import BranchedAdapter, ReplicaNetwork, add_adapters
-from convs.backbones import Backbone
 from convs.heads import CosineHead
-from tests.conftest import reference
+from tests.conftest import bare_backbone, reference
 from utils.errors import ConfigError
 
 TENSORS = ("down_w", "down_b", "up_w", "up_b")
@@ -94,9 +93,13 @@ def test_merge_and_freeze_of_the_reference():
 def tiny_parts():
     torch.manual_seed(0)
     model = VisionTransformer(**VIT)
-    head = CosineHead(VIT["embed_dim"])
-    head.grow(3)
-    return Backbone(model, VIT["embed_dim"]), head, (0.5,) * 3, (0.5,) * 3
+
+    def head(width: int) -> CosineHead:
+        made = CosineHead(width)
+        made.grow(3)
+        return made
+
+    return bare_backbone(model, VIT["embed_dim"]), head, "half"
 
 
 def trains(network: ReplicaNetwork, branches: int) -> torch.Tensor:
@@ -119,7 +122,7 @@ def stored_network(arrays, amalgam="upstream") -> ReplicaNetwork:
     adapters = add_adapters(model, branches, bottleneck, 0.1, 0.0)
     for layer, adapter in enumerate(adapters):
         adapter.double().load_state_dict(tensors(arrays, f"adapter{layer}.") | {"_extra_state": {"frozen": 0}})
-    network = ReplicaNetwork(Backbone(model, width), CosineHead(width), (0.0,) * 3, (1.0,) * 3, amalgam=amalgam)
+    network = ReplicaNetwork(bare_backbone(model, width), CosineHead, "none", amalgam=amalgam)
     network._mixtures = lambda like: torch.from_numpy(arrays["alpha"])
     return network
 

@@ -7,6 +7,7 @@ from timm.models.vision_transformer import VisionTransformer
 from convs.backbones import NAMED, input_size, make_backbone
 from convs.network import Network
 from convs.weights import load_weights, read_state, strip
+from data.transforms import MEAN_STD
 from tests.conftest import TINY_VIT
 from utils.errors import ConfigError, WeightsError
 
@@ -19,17 +20,17 @@ def vit(**changes) -> VisionTransformer:
 
 
 def test_constructor_object_gives_timm_s_own_network():
-    backbone, info = make_backbone(TINY_VIT, "random", None)
-    assert info.feature_dim == 16 and info.image_size == 16
+    backbone = make_backbone(TINY_VIT, "random", None)
+    assert backbone.info.feature_dim == 16 and backbone.info.image_size == 16
     assert backbone(torch.rand(2, 3, 16, 16)).shape == (2, 16)
 
 
 @pytest.mark.parametrize("name", ["resnet18", "convnext_atto", "vit_tiny_patch16_224"])
 def test_any_timm_architecture_gives_features_of_its_width(name):
     spec = {"name": name} | ({"img_size": 32} if name.startswith("vit") else {})
-    backbone, info = make_backbone(spec, "random", None)
+    backbone = make_backbone(spec, "random", None)
     size = 32
-    assert backbone(torch.rand(2, 3, size, size)).shape == (2, info.feature_dim)
+    assert backbone(torch.rand(2, 3, size, size)).shape == (2, backbone.info.feature_dim)
 
 
 def test_arguments_that_break_a_constructor_are_not_taken_for_a_missing_network():
@@ -46,8 +47,8 @@ def test_input_size_is_known_without_building():
 
 
 def test_image_size_changes_the_grid_of_a_transformer():
-    backbone, info = make_backbone({"name": "vit_tiny_patch16_224"}, "random", 64)
-    assert info.image_size == 64 and backbone(torch.rand(1, 3, 64, 64)).shape == (1, 192)
+    backbone = make_backbone({"name": "vit_tiny_patch16_224"}, "random", 64)
+    assert backbone.info.image_size == 64 and backbone(torch.rand(1, 3, 64, 64)).shape == (1, 192)
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
@@ -97,17 +98,20 @@ def test_a_final_norm_that_timm_counts_to_the_head_is_loaded(tmp_path):
 
 def test_the_bundled_networks_match_their_files():
     for name in NAMED:
-        backbone, info = make_backbone(name, None, None)
-        assert info.report.matched == 1 and not info.report.missing and not info.report.unexpected
-        assert backbone(torch.rand(2, 3, 32, 32)).shape == (2, info.feature_dim)
+        backbone = make_backbone(name, None, None)
+        report = backbone.info.report
+        assert report.matched == 1 and not report.missing and not report.unexpected
+        assert backbone(torch.rand(2, 3, 32, 32)).shape == (2, backbone.info.feature_dim)
 
 
 def test_normalisation_is_inside_the_network():
-    backbone, _ = make_backbone(TINY_VIT, "random", None)
+    backbone = make_backbone(TINY_VIT, "random", None)
     images = torch.rand(2, 3, 16, 16)
-    plain = Network(backbone, torch.nn.Identity(), (0.0,) * 3, (1.0,) * 3)
-    shifted = Network(backbone, torch.nn.Identity(), (0.5, 0.4, 0.3), (0.5, 0.25, 0.2))
-    by_hand = (images - torch.tensor([0.5, 0.4, 0.3]).view(3, 1, 1)) / torch.tensor([0.5, 0.25, 0.2]).view(3, 1, 1)
+    plain = Network(backbone, lambda width: torch.nn.Identity(), "none")
+    shifted = Network(backbone, lambda width: torch.nn.Identity(), "cifar")
+    by_hand = (images - torch.tensor(MEAN_STD["cifar"][0]).view(3, 1, 1)) / torch.tensor(MEAN_STD["cifar"][1]).view(
+        3, 1, 1
+    )
     torch.testing.assert_close(shifted.features(images), plain.features(by_hand))
 
 

@@ -40,11 +40,11 @@ def test_counts_of_the_reference_networks(name):
 @pytest.mark.parametrize("size", [32, 64, 224])
 @pytest.mark.parametrize("name", SMALL)
 def test_every_network_runs_at_every_size(name, size):
-    backbone, info = make_backbone(name, None, size)
-    assert info.report.matched == 0 and input_size(name) == 32
+    backbone = make_backbone(name, None, size)
+    assert backbone.info.report.matched == 0 and input_size(name) == 32
     with torch.inference_mode():
         features = backbone.eval()(torch.rand(1, 3, size, size))
-    assert features.shape == (1, info.feature_dim) and features.isfinite().all()
+    assert features.shape == (1, backbone.info.feature_dim) and features.isfinite().all()
 
 
 @pytest.mark.parity
@@ -69,8 +69,8 @@ def test_arguments_are_refused():
 
 
 def test_a_network_resizes_to_its_own_input_size():
-    backbone, info = make_backbone("small_lenet", None, 64)
-    network = Network(backbone, LinearHead(info.feature_dim), (0.5,) * 3, (0.25,) * 3, image_size=64).eval()
+    backbone = make_backbone("small_lenet", None, 64)
+    network = Network(backbone, LinearHead, "cifar10", image_size=64).eval()
     network.head.grow(4)
     images = torch.rand(2, 3, 32, 32, requires_grad=True)
     logits = network(images)

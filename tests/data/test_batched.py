@@ -10,12 +10,12 @@ from scipy.stats import chi2, ks_2samp
 from torchvision.transforms import v2
 
 from data.batched import BATCHED, DRAWS, Batched, Resident, apply, random_boxes, resize_and_crop, uniforms
+from data.loading import EpochLoader, for_each_batch
+from data.stream import DataManager
 from data.transforms import RECIPES, Transform
-from models.parts.loop import EpochLoader, for_each_batch
+from models.factory import config_from
 from tests.conftest import tiny_values
-from utils.data_manager import DataManager
 from utils.errors import ConfigError
-from utils.factory import config_from
 from utils.runtime import Runtime
 from utils.seed import mix, mix_rows
 

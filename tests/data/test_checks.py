@@ -8,15 +8,15 @@ import pytest
 
 import data.sources as sources
 from data.checks import Findings, check_classes, check_counts, check_domains
-from data.inspection import inspect
 from data.layouts import Options
+from data.rows import ROWS
 from data.sources import load, read
-from data.table import ROWS
+from data.stream import DataManager
+from models.factory import config_from
 from tests.conftest import tiny_values
 from tests.data import trees
-from utils.data_manager import DataManager
+from tools.check_data import inspect
 from utils.errors import ConfigError, DataError
-from utils.factory import config_from
 
 
 def codes(name, root, **options):
@@ -370,11 +370,9 @@ def test_the_recognised_split_stands_in_the_variant(vtab, monkeypatch):
 def test_command_line(vtab, capsys):
     import main
 
-    assert main.main(["--check-data", "vtab", "--data-root", str(vtab)]) == 0
+    assert main.main(["check-data", "vtab", "--data-root", str(vtab)]) == 0
     out = capsys.readouterr().out
     assert "train     150 images, 3..3 a class" in out and "vtab is usable: 0 errors" in out
-    assert main.main(["--check-data", "vtab", "--data-root", str(vtab), "--strict"]) == 2
-    assert main.main(["--check-data", "vtab", "--set", "splitt=seeded"]) == 2
-    assert 'did you mean "split"' in capsys.readouterr().err
-    assert main.main(["--check-data", "vtub"]) == 2
+    assert main.main(["check-data", "vtab", "--data-root", str(vtab), "--strict"]) == 2
+    assert main.main(["check-data", "vtub"]) == 2
     assert 'did you mean "vtab"' in capsys.readouterr().err

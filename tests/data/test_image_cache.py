@@ -11,11 +11,12 @@ from PIL import Image
 from data import image_cache
 from data.image_cache import cached
 from data.images import read_image
+from data.loading import Batch
 from data.sources import load
+from data.stream import DataManager
+from models.factory import config_from
 from tests.conftest import tiny_values
-from utils.data_manager import Batch, DataManager
 from utils.errors import ConfigError, DataError
-from utils.factory import config_from
 
 
 @pytest.fixture
@@ -121,5 +122,5 @@ def test_arrays_are_left_as_they_are(tmp_path):
 
 
 def test_a_limit_without_a_cache_is_a_contradiction(mine, tmp_path):
-    with pytest.raises(ConfigError, match='"cache_size" has no effect with "cache": "none"'):
+    with pytest.raises(ConfigError, match='"cache_size" has no effect unless "cache" is "ram"'):
         config_from(tiny_values(tmp_path, dataset=mine, cache_size=64), source="test")

@@ -11,13 +11,13 @@ from torchvision.datasets.folder import default_loader
 
 from data.images import Paths, images_below, read_image
 from data.layouts import Options
+from data.loading import for_each_batch
 from data.sources import load
-from models.parts.loop import for_each_batch
+from data.stream import DataManager
+from models.factory import config_from
 from tests.conftest import tiny_values
 from tests.data import trees
-from utils.data_manager import DataManager
 from utils.errors import DataError
-from utils.factory import config_from
 from utils.runtime import Runtime
 
 

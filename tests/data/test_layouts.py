@@ -8,13 +8,15 @@ import pytest
 import torch
 
 from data.layouts import Options
+from data.loading import Batch
+from data.rows import ROWS
 from data.sources import SOURCES, load, load_folder, read
-from data.table import ROWS
-from models.parts.loop import evaluate
+from data.stream import DataManager
+from models.factory import build_learner, config_from
+from models.parts.evaluation import evaluate
+from models.parts.loop import begin
 from tests.conftest import tiny_values
 from tests.data import trees
-from utils.data_manager import Batch, DataManager
-from utils.factory import build_learner, config_from
 from utils.runtime import Runtime
 
 OFFICIAL_ORDER = ("cifar10", "cifar100", "cifar224", "cddb", "tinyimagenet")  # not, or not always, by name
@@ -126,13 +128,13 @@ def test_core50_has_one_test_set_for_all_tasks(disk, tmp_path):
     manager = DataManager(config_from(values, source="test"), image_size=16)
     assert {len(task.test) for task in manager} == {150}
     passes: list[int] = []
-    learner = build_learner(config_from(values, source="test"), Runtime("cpu", "fp32", 0))
-    learner.before_task(manager[0])
+    learner = build_learner(config_from(values, source="test"), Runtime("cpu", "fp32", 0), manager[0].info)
+    begin(learner, manager[0])
     predicted = torch.zeros(150, 50)
     predicted[:, 4] = 1
-    learner.predict = lambda images: passes.append(len(images)) or predicted[: len(images)]
-    correct = evaluate(learner, manager[:8])
-    assert sum(passes) == 150 and correct.tolist() == [[3.0] * 8] * 2  # read once, counted for each task
+    learner.predict = lambda images, frozen: passes.append(len(images)) or predicted[: len(images)]
+    correct = evaluate(learner, manager[:8]).main
+    assert sum(passes) == 150 and correct[:2].tolist() == [[3.0] * 8] * 2  # read once, counted for each task
     assert {path.parent.parent.name for path in manager.data.test.images} == {"s3", "s7", "s10"}
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import main
-from data.table import ROWS
+from data.rows import ROWS
 from tests.conftest import tiny_values
 from tests.data import trees
 

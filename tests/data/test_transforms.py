@@ -1,9 +1,12 @@
+"""The evaluation transform of SLCA's data sets and its normalisation, against the reference's pixels."""
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from data.transforms import RECIPES, Transform, as_tensor
+from data.transforms import MEAN_STD, RECIPES, Transform, as_tensor
+from tests.conftest import reference
 
 
 @pytest.mark.parametrize("name", list(RECIPES))
@@ -35,3 +38,21 @@ def test_the_larger_size_before_a_centre_crop_is_256_for_224():
     image = Image.new("RGB", (500, 400))
     steps = RECIPES["resize_crop"].steps(224)
     assert steps[0](image).size == (320, 256)
+
+
+NORMALIZE = {"cifar100_224": "cifar"}  # the others: ImageNet's
+
+
+@pytest.mark.parity
+def test_pixels_of_the_reference():
+    arrays = reference("slca/eval_transforms")
+    names = sorted({key.split("/")[0] for key in arrays if "/" in key})
+    assert names
+    for name in names:
+        image = arrays["small"] if name.startswith("cifar") else arrays["big"]
+        channels, height, _ = arrays[f"{name}/shape"].tolist()
+        mean, std = (torch.tensor(v).view(-1, 1, 1) for v in MEAN_STD[NORMALIZE.get(name, "imagenet")])
+        pixels = (Transform("resize_crop_bicubic", height)(image).float().div(255) - mean) / std
+        assert list(pixels.shape) == arrays[f"{name}/shape"].tolist() and channels == 3
+        np.testing.assert_allclose(pixels[:, ::8, ::8], arrays[f"{name}/out_every8"], atol=1e-5, rtol=0)
+        assert float(pixels.double().sum()) == pytest.approx(float(arrays[f"{name}/sum"]), abs=1e-2)

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 from scipy.io import savemat
 
-from data.table import ROWS
+from data.rows import ROWS
 
 TRAIN, TEST = 3, 2  # images a class
 CUB_NAMES = [f"{n:03d}.Bird_{n}" for n in range(1, 201)]

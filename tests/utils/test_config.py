@@ -4,10 +4,11 @@ import jsonschema
 import pytest
 
 from models.base import LEARNERS
+from models.factory import config_from, load_config
 from tests.conftest import tiny_values
-from utils.config import json_schema, parse_set, read_json
+from utils.checking import parse_set, read_json
 from utils.errors import ConfigError
-from utils.factory import config_from, load_config
+from utils.keys import json_schema
 
 
 def test_precedence_is_default_then_file_then_command_line(tmp_path):
@@ -26,10 +27,10 @@ def test_set_types_its_values_as_json():
 
 def test_first_task_values_default_to_the_later_ones(tmp_path):
     config = config_from(tiny_values(tmp_path, epochs=5, lrate=0.1, init_lr=0.3, weight_decay=0.0), "test")
-    assert (config.epochs_of(0), config.epochs_of(1)) == (5, 5)
-    assert (config.lrate_of(0), config.lrate_of(1)) == (0.3, 0.1)
+    assert [config.of_task("epochs", i) for i in (0, 1)] == [5, 5]
+    assert [config.of_task("lrate", i) for i in (0, 1)] == [0.3, 0.1]
     zero = config_from(tiny_values(tmp_path, epochs=5, init_epoch=0), "test")
-    assert zero.epochs_of(0) == 0, "0 is a value, not an absence"
+    assert zero.of_task("epochs", 0) == 0, "0 is a value, not an absence"
 
 
 def test_a_config_is_frozen(tmp_path):

@@ -21,9 +21,9 @@ def draws():
 def test_generators_are_restored_through_a_safe_file(tmp_path):
     seed_everything(3)
     draws()
-    checkpoint.save({"rng": rng_state()}, tmp_path / "x.pt")
+    checkpoint.save({"rng": rng_state()}, tmp_path / "x.pt", {})
     expected = draws()
-    set_rng_state(checkpoint.load(tmp_path / "x.pt")["rng"])
+    set_rng_state(checkpoint.load(tmp_path / "x.pt")[1]["rng"])
     assert draws() == expected
 
 
@@ -41,7 +41,7 @@ def test_mixed_seeds_differ_and_repeat():
 
 def test_a_cut_write_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     path = tmp_path / "last.pt"
-    checkpoint.save({"step": 1}, path)
+    checkpoint.save({"step": 1}, path, {})
 
     def cut(_, file):
         file.write(b"half")
@@ -49,8 +49,8 @@ def test_a_cut_write_leaves_the_old_checkpoint(tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch, "save", cut)
     with pytest.raises(OSError, match="disk full"):
-        checkpoint.save({"step": 2}, path)
-    assert checkpoint.load(path) == {"step": 1}
+        checkpoint.save({"step": 2}, path, {})
+    assert checkpoint.load(path)[1] == {"step": 1}
 
 
 def test_a_damaged_checkpoint_is_a_sentence(tmp_path):

@@ -1,12 +1,14 @@
 """Classifier alignment: the reference's whole stage with its draws, and each rule by hand."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
 from models.parts.alignment import (
-    Alignment,
+    AlignmentSettings,
     Draws,
     align,
     distance_factor,
@@ -51,7 +53,7 @@ class Case:
         self.current = len(self.sizes) - 1
         self.tasks = upstream_tasks(self.labels, self.sizes[-1])
         self.samples = arrays["eps"].shape[2]
-        self.settings = Alignment(
+        self.settings = AlignmentSettings(
             epochs=int(arrays["ca_epochs"]), lrate=float(arrays["lr"]), samples=self.samples,
             weight_decay=float(arrays["weight_decay"]), tau=float(arrays["tau"]),
             distance_mu=float(arrays["mu"]) if self.plus_plus else 0.0,
@@ -146,9 +148,9 @@ def test_cosine_logits_are_scaled_or_normalised():
     rows, weight = torch.randn(4, 5), torch.randn(3, 5)
     cosine = F.normalize(rows, dim=1) @ F.normalize(weight, dim=1).T
     heads = head_of_column([3], rows)
-    plain = head_logits(rows, weight, None, Alignment(cosine=True, scale=20.0), heads)
+    plain = head_logits(rows, weight, None, AlignmentSettings(cosine=True, scale=20.0), heads)
     assert torch.allclose(plain, 20 * cosine)
-    normed = head_logits(rows, weight, None, Alignment(cosine=True, scale=20.0, tau=0.5), heads)
+    normed = head_logits(rows, weight, None, AlignmentSettings(cosine=True, scale=20.0, tau=0.5), heads)
     assert torch.allclose(normed, normalised(cosine, heads, 0.5))
 
 
@@ -161,7 +163,7 @@ def two_classes() -> ClassGaussians:
 
 def test_alignment_separates_what_it_draws_and_leaves_its_arguments_alone():
     weight, bias = torch.zeros(2, 2), torch.zeros(2)
-    settings = Alignment(epochs=3, lrate=0.1, samples=64)
+    settings = AlignmentSettings(epochs=3, lrate=0.1, samples=64)
     aligned = align(weight, bias, [1, 1], two_classes(), settings, generator=torch.Generator().manual_seed(0))
     assert float(aligned.losses[-1, -1]) < 0.5 * float(aligned.losses[0, 0])
     assert aligned.weight[0, 0] > 0 > aligned.weight[1, 0]
@@ -173,7 +175,7 @@ def test_alignment_separates_what_it_draws_and_leaves_its_arguments_alone():
 def test_reduced_outputs_vote_for_one_class():
     """Two heads of two classes each; either may answer, so the best of both decides."""
     weight = 0.01 * torch.randn(4, 2, generator=torch.Generator().manual_seed(1))
-    settings, generator = Alignment(epochs=3, lrate=0.1, samples=64, tau=0.1), torch.Generator().manual_seed(0)
+    settings, generator = AlignmentSettings(epochs=3, lrate=0.1, samples=64, tau=0.1), torch.Generator().manual_seed(0)
 
     def best(logits):
         return logits.view(-1, 2, 2).amax(dim=1)
@@ -185,4 +187,121 @@ def test_reduced_outputs_vote_for_one_class():
 
 def test_distance_scaling_needs_ages():
     with pytest.raises(ValueError, match="ages"):
-        align(torch.zeros(2, 2), None, [2], two_classes(), Alignment(distance_mu=0.02))
+        align(torch.zeros(2, 2), None, [2], two_classes(), AlignmentSettings(distance_mu=0.02))
+
+
+CASES_INFLORA = ("ca_stage_logitnorm", "ca_stage_plain")
+
+
+def stage(name: str):
+    """(arrays as tensors, Gaussians of zero mean and unit covariance, whose samples are their noise, tau).
+
+    So the stored samples can be handed in as the noise of a `Draws`.
+    """
+    ref = {key: torch.from_numpy(np.asarray(value)) for key, value in reference(f"inflora/{name}").items()}
+    classes, width = ref["scaled_means"].shape
+    gaussians = ClassGaussians(width)
+    unit = torch.eye(width).expand(classes, -1, -1)
+    gaussians.add_moments(torch.zeros(classes, width, dtype=torch.float64), unit, torch.arange(classes), task=0)
+    return ref, gaussians, max(0.0, float(ref["tau"]))
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("name", CASES_INFLORA)
+def test_whole_stage(name):  # README: 1e-5
+    ref, gaussians, tau = stage(name)
+    epochs, stored, count = len(ref["loss_per_step"]), len(ref["samples"]), ref["samples"].shape[2]
+
+    def draws(epoch: int) -> Draws:
+        epoch = min(epoch, stored - 1)  # the plain file ends after two epochs; later losses are not compared
+        return Draws(ref["samples"][epoch], torch.empty(0), ref["perm"][epoch].long())
+
+    weight, bias = ref["head_w_init"].flatten(0, 1), ref["head_b_init"].flatten()
+    settings = AlignmentSettings(epochs, 0.01, 5e-4, 0.9, count, tau)
+    aligned = align(weight, bias, ref["task_sizes"].tolist(), gaussians, settings, draws=draws)
+    torch.testing.assert_close(aligned.losses[:stored], ref["loss_per_step"][:stored], rtol=0, atol=1e-5)
+    if "head_w_final" in ref:
+        torch.testing.assert_close(aligned.weight, ref["head_w_final"].flatten(0, 1), rtol=0, atol=1e-5)
+        torch.testing.assert_close(aligned.bias, ref["head_b_final"].flatten(), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("name", CASES_INFLORA)
+def test_first_step(name):  # README: logits 1e-5, loss and gradient 1e-6
+    ref, gaussians, tau = stage(name)
+    batch = ref["perm"][0, : ref["samples"].shape[2]].long()
+    rows = ref["samples"][0].flatten(0, 1)[batch]
+    targets = gaussians.labels.repeat_interleave(ref["samples"].shape[2])[batch]
+    assert torch.equal(targets, ref["step0_targets"].long())
+    logits = F.linear(rows, ref["head_w_init"].flatten(0, 1), ref["head_b_init"].flatten()).requires_grad_()
+    torch.testing.assert_close(logits.detach(), ref["step0_logits"], rtol=0, atol=1e-5)
+    read = normalised(logits, head_of_column(ref["task_sizes"].tolist(), logits), tau) if tau else logits
+    torch.testing.assert_close(read.detach(), ref["step0_ce_input"], rtol=0, atol=1e-5)
+    loss = F.cross_entropy(read, targets)
+    loss.backward()
+    assert abs(loss.item() - float(ref["loss_per_step"][0, 0])) < 1e-6
+    torch.testing.assert_close(logits.grad, ref["step0_grad_logits"], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parity
+def test_statistics_and_scaled_means():  # README: 1e-5
+    ref, _, _ = stage("ca_stage_logitnorm")
+    labels = torch.arange(len(ref["feat_counts"])).repeat_interleave(ref["feat_counts"])
+    sizes = ref["task_sizes"]
+    gaussians = ClassGaussians(ref["feats"].shape[1])
+    gaussians.add(ref["feats"], labels, task=0)
+    torch.testing.assert_close(gaussians.means, ref["class_mean"], rtol=0, atol=1e-5)
+    torch.testing.assert_close(gaussians.dense_covariances(), ref["class_cov"], rtol=0, atol=1e-5)
+    tasks = upstream_tasks(gaussians.labels, int(sizes[-1]))
+    scaled = gaussians.means * mean_decay(tasks, len(sizes) - 1)[:, None]
+    torch.testing.assert_close(scaled.float(), ref["scaled_means"], rtol=0, atol=1e-5)
+
+
+RIDGE = 1e-3
+
+
+@pytest.mark.parity
+def test_class_statistics_of_the_reference():
+    """README: 1e-11, in float64 throughout."""
+    arrays = reference("raa/class_stats")
+    x, y = torch.from_numpy(arrays["x"]), torch.from_numpy(arrays["y"])
+    gaussians = ClassGaussians(x.shape[1], ridge=RIDGE).double()
+    seen = 0
+    for task in range(sum(key.endswith("_means") for key in arrays)):
+        total = len(arrays[f"t{task}_means"])
+        chosen = (y >= seen) & (y < total)
+        gaussians.add(x[chosen], y[chosen], task)
+        np.testing.assert_allclose(gaussians.means.numpy(), arrays[f"t{task}_means"], atol=1e-11, rtol=0)
+        covs = gaussians.dense_covariances()
+        np.testing.assert_allclose(covs.numpy(), arrays[f"t{task}_covs"], atol=1e-11, rtol=0)
+        if task == 0:
+            traces = (covs.diagonal(dim1=1, dim2=2) - RIDGE + 1e-4).sum(dim=1)
+            assert math.sqrt(traces.mean()) == pytest.approx(float(arrays["radius_times_sqrt768"]), abs=1e-11)
+        seen = total
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("prefix", ["", "norm_"])
+def test_whole_stage_of_the_reference_of_raa(prefix):
+    """README: 1e-5, float32; "norm_" is the logit normalisation in place of the scale."""
+    arrays = reference("raa/classifier_alignment")
+    sizes = arrays["sizes"].tolist()
+    labels = torch.arange(sum(sizes))
+    gaussians = ClassGaussians(arrays["means"].shape[1])
+    gaussians.add_moments(torch.from_numpy(arrays["means"]), torch.from_numpy(arrays["covs"]), labels, task=0)
+    factor = mean_decay(upstream_tasks(labels, int(arrays["task_size"])), len(sizes) - 1)
+    np.testing.assert_allclose(factor.numpy(), arrays["mean_factor"], atol=1e-12, rtol=0)
+    settings = AlignmentSettings(
+        epochs=int(arrays["epochs"]), lrate=float(arrays["lr"]), weight_decay=float(arrays["weight_decay"]),
+        samples=int(arrays["per_class"]), tau=float(arrays["norm_temperature"]) if prefix else 0.0,
+        cosine=True, scale=float(arrays["scale"]),
+    )  # fmt: skip
+
+    def draws(epoch: int) -> Draws:
+        perm = torch.from_numpy(arrays["perm"][epoch]).long()
+        return Draws(torch.from_numpy(arrays["eps"][epoch]), torch.empty(0), perm)
+
+    weight = torch.from_numpy(arrays["w0"])
+    aligned = align(weight, None, sizes, gaussians, settings, mean_factor=factor, draws=draws)
+    np.testing.assert_allclose(aligned.losses.numpy(), arrays[f"{prefix}losses"], atol=1e-5, rtol=0)
+    np.testing.assert_allclose(aligned.weight.numpy(), arrays[f"{prefix}w_final"], atol=1e-5, rtol=0)

@@ -143,12 +143,12 @@ def test_any_number_of_classes_comes_back_from_a_checkpoint(storage):
     assert torch.equal(empty.tasks, torch.tensor([0, 0, 0, 1, 1]))
     assert torch.equal(empty.dense_covariances(), gaussians.dense_covariances())
     held = sum(buffer.numel() * buffer.element_size() for buffer in empty.buffers())
-    assert held == gaussians.planned_bytes(gaussians=5, tasks=2)
+    assert held == gaussians.bytes_of(classes=5, tasks=2)
 
 
 def test_low_rank_brings_200_classes_at_width_768_under_30_mb():
-    assert ClassGaussians(768, "low_rank").planned_bytes(gaussians=200, tasks=10) < 30e6
-    assert ClassGaussians(768, "full").planned_bytes(gaussians=200, tasks=10) > 470e6
+    assert ClassGaussians(768, "low_rank").bytes_of(classes=200, tasks=10) < 30e6
+    assert ClassGaussians(768, "full").bytes_of(classes=200, tasks=10) > 470e6
 
 
 def test_by_label_is_ascending_and_complete():

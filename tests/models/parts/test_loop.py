@@ -10,19 +10,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from models.parts.loop import EpochLoader, count_correct, evaluate, extract_features, fit
+from data.loading import EpochLoader, extract_features
+from models.parts.loop import begin, fit
 from models.parts.optim import build_scheduler
 from tests.conftest import build_tiny, tiny_values
+from utils import checkpoint
 from utils.errors import TrainingError
-from utils.factory import config_from
 
 ROOT = Path(__file__).resolve().parents[3]
 
 
 def first_task(tmp_path, **keys):
     manager, learner = build_tiny(tmp_path, **keys)
-    learner.task = manager[0]
-    learner.before_task(manager[0])
+    begin(learner, manager[0])
     return manager[0], learner
 
 
@@ -64,21 +64,16 @@ def test_fit_equals_a_bare_pytorch_loop(tmp_path):
     ],
 )
 def test_learning_rates_by_hand(scheduler, expected, tmp_path):
-    config = config_from(tiny_values(tmp_path, **scheduler), "test")
+    manager, learner = build_tiny(tmp_path, optimizer="sgd", **scheduler)
+    stage = learner.stages(manager[0])[0]
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
-    schedule = build_scheduler(config, optimizer, epochs=4)
+    schedule = build_scheduler(stage, optimizer)
     rates = []
     for _ in range(4):
         rates.append(optimizer.param_groups[0]["lr"])
         optimizer.step()
         schedule.step()
     assert rates == pytest.approx(expected)
-
-
-def test_count_correct_by_hand():
-    scores = torch.tensor([[3.0, 1, 2], [0, 1, 2], [5, 1, 2]])
-    # all classes: predicted 0, 2, 0; among classes 1 and 2 alone: 2, 2, 2
-    assert count_correct(scores, torch.tensor([0, 2, 2]), range(1, 3)).tolist() == [2, 2]
 
 
 def test_features_come_in_the_order_of_the_view(tmp_path):
@@ -147,17 +142,9 @@ def test_two_processes_equal_one(keys, tmp_path):
     assert one["acc"] == two["acc"] and two["environment"]["processes"] == 2
     losses = [[json.loads(line)["loss"] for line in (folder / "epochs.jsonl").open()] for folder in folders]
     np.testing.assert_allclose(losses[0], losses[1], rtol=1e-4)
-    states = [torch.load(folder / "checkpoint" / "last.pt", weights_only=True)["learner"] for folder in folders]
+    states = [checkpoint.load(folder / "checkpoint" / "last.pt")[1]["learner"]["module"] for folder in folders]
     for key, value in states[0].items():
         torch.testing.assert_close(states[1][key], value, atol=1e-5, rtol=1e-3)
-
-
-def test_evaluation_counts_by_the_true_task(tmp_path):
-    manager, learner = build_tiny(tmp_path)
-    learner.task = manager[0]
-    learner.before_task(manager[0])
-    learner.predict = lambda images: torch.tensor([0.0, 1.0]).expand(len(images), 2)
-    assert evaluate(learner, manager[:1]).tolist() == [[4.0], [4.0]]  # all of class 1, none of class 0
 
 
 @pytest.mark.slow

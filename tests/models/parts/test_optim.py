@@ -10,11 +10,12 @@ from torch.optim import SGD, Adam, AdamW
 
 import models.parts.optim as optim
 from models.base import LEARNERS
-from models.parts.loop import fit
+from models.factory import config_from
+from models.parts.loop import begin, fit
 from models.parts.optim import SAM, build_optimizer, build_scheduler, damping_factors, group, hold_rows
+from models.parts.stages import Stage
 from tests.conftest import build_tiny, reference, tiny_values
 from utils.errors import ConfigError
-from utils.factory import config_from
 
 
 class StoredNetwork:
@@ -94,10 +95,9 @@ def test_learning_rates_of_the_reference(tmp_path):
     assert arrays
     for key, rates in arrays.items():
         epochs, floor = key.removeprefix("T").split("_floor")
-        values = tiny_values(tmp_path, optimizer="sgd", lrate=0.01, scheduler="cosine", min_lr=float(floor))
-        config = config_from(values, "test")
-        optimizer = build_optimizer(config, [group([torch.nn.Parameter(torch.zeros(1))], 0.01, 0.0)], fused=False)
-        scheduler = build_scheduler(config, optimizer, int(epochs))
+        stage = Stage("train", int(epochs), 0.01, 0.0, scheduler="cosine", min_lr=float(floor))
+        optimizer = build_optimizer(stage, [group([torch.nn.Parameter(torch.zeros(1))], 0.01, 0.0)], fused=False)
+        scheduler = build_scheduler(stage, optimizer)
         found = []
         for _ in range(int(epochs)):
             found.append(optimizer.param_groups[0]["lr"])
@@ -252,9 +252,8 @@ def test_held_rows_stay_whatever_decays(make, sam):
 def test_every_learner_trains_a_task_with_sam(name, optimizer, damping, tmp_path, monkeypatch):
     keys = {"sam": {"rho": 0.05, "damping": damping}, "optimizer": optimizer, "lrate": 0.005, "epochs": 2}
     manager, learner = build_tiny(tmp_path, name, **keys)
-    learner.task = manager[0]
-    learner.before_task(manager[0])
-    if learner.epochs(manager[0]) == 0:
+    begin(learner, manager[0])
+    if not learner.stages(manager[0]):
         pytest.skip("trains nothing")
     steps = []
     step = SAM.step
@@ -273,8 +272,7 @@ def test_sam_under_bf16_autocast_keeps_the_weights_type(tmp_path):
 
     manager, learner = build_tiny(tmp_path, "raa", sam={"rho": 0.05}, epochs=1)
     learner.runtime = Runtime("cpu", "bf16", num_workers=0)
-    learner.task = manager[0]
-    learner.before_task(manager[0])
+    begin(learner, manager[0])
     fit(learner, manager[0])
     trained = [p for p in learner.parameters() if p.requires_grad]
     assert all(p.dtype == torch.float32 and torch.isfinite(p).all() for p in trained)

@@ -8,12 +8,12 @@ import torch
 
 import main
 from models.base import LEARNERS
+from models.factory import config_from
+from models.parts.loop import learn
 from models.parts.probe import knn_scores, probe, train_linear
 from tests.conftest import build_tiny, reference, tiny_values
-from tests.models.test_contract import learn
 from tests.test_resume import numbers
 from utils.errors import ConfigError
-from utils.factory import config_from
 
 
 @pytest.mark.parity
@@ -46,7 +46,7 @@ def test_every_learner_can_be_probed(name, kind, tmp_path):
         learn(learner, task)
     before = torch.get_rng_state()
     parameters = {key: value.clone() for key, value in learner.named_parameters()}
-    found = probe(learner, learner.task, kind, None)
+    found = probe(learner, learner.data, kind, None)
     assert found.shape == (2,) and (found <= 8).all()
     assert found.sum() > (8 if kind != "linear_raw" else 3), "flat colours: chance is 4 of 16"
     assert torch.equal(torch.get_rng_state(), before), "the run goes on as without a probe"
@@ -69,5 +69,5 @@ def test_the_result_holds_the_probe_and_nothing_else_changes(tmp_path):
 
 
 def test_a_rate_without_a_linear_probe_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match='"probe_lrate" needs "probe"'):
+    with pytest.raises(ConfigError, match='"probe_lrate" has no effect unless "probe" is "linear"'):
         config_from(tiny_values(tmp_path, probe="knn", probe_lrate=0.1), source="test")

@@ -1,0 +1,164 @@
+"""Evaluation: one pass over the test images of all tasks seen, under every score that a learner gives.
+
+What a learner calls frozen (features of a network that trains no more) is computed once per image and kept, so that a
+stream of T tasks does not pass its test set T (T + 1) / 2 times.
+
+Letters: S scores, T tasks tested, C classes of the stream, B images of a batch.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data.loading import View, pass_over
+from data.stream import Task, TaskData
+from models.parts.frozen_store import FrozenStore
+
+if TYPE_CHECKING:  # a part imports no learner; `evaluate` receives one
+    from models.base import Learner
+
+KINDS = ("class_il", "task_il", "top5")  # among all classes; with the task known; among the five best
+MAIN = "logits"  # what the score of a learner that gives one is called
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """names: of the scores, the main one first. correct (S, 3, T): right predictions on the test images of each task,
+    by KINDS. by_class (S, C): right predictions of each class, class-incremental. images: how many were read."""
+
+    names: tuple[str, ...]
+    correct: np.ndarray
+    by_class: np.ndarray
+    images: int
+
+    @property
+    def main(self) -> np.ndarray:
+        """(3, T), of the main score."""
+        return self.correct[0]
+
+
+def evaluate(
+    learner: "Learner", tasks: Sequence[Task], store: FrozenStore | None = None, batch_size: int | None = None
+) -> Evaluation:
+    """Right predictions on the test images of each task. A prediction is the largest of all scores; with the task
+    known, of the task's own classes.
+
+    store: frozen values of earlier evaluations, used and filled; default: all are computed.
+    """
+    runtime, tested = learner.runtime, _distinct(tasks)
+    owner = np.repeat(np.arange(len(tested)), [len(task.test) for task in tested])
+    counts = _Counts(tested, learner.task.num_classes, runtime.device)
+    learner.eval()
+    with runtime.stopwatch("eval"):
+        for scores, targets, positions in scored(learner, TaskData.joined([t.test for t in tested]), store, batch_size):
+            counts.add(scores, targets, torch.from_numpy(owner[positions]).to(runtime.device))
+        counts.agree(runtime.gather(counts.names))
+        correct = runtime.reduce_sum(counts.correct).cpu().numpy()
+        by_class = runtime.reduce_sum(counts.by_class).cpu().numpy()
+    column = {id(task.test): index for index, task in enumerate(tested)}
+    chosen = np.ascontiguousarray(correct[..., [column[id(task.test)] for task in tasks]])
+    return Evaluation(counts.names, chosen, by_class, counts.images)
+
+
+@torch.inference_mode()
+def scored(
+    learner: "Learner", data: TaskData, store: FrozenStore | None = None, batch_size: int | None = None
+) -> Iterator[tuple[dict[str, Tensor], Tensor, np.ndarray]]:
+    """({score: (B, C)}, labels (B,), positions (B,)) of this process's share of the images, batch by batch."""
+    runtime, size = learner.runtime, batch_size or learner.config.test_batch_size
+    view, share = data.view("test"), np.arange(len(data))[runtime.rank :: runtime.world]
+    kept = store or FrozenStore(0)
+    for images, targets, positions in _batches(learner, view, data, share, kept, size):
+        with runtime.autocast():
+            frozen = _frozen(learner, images, data, positions, kept)
+            scores = learner.predict(images, frozen)
+        yield scores if isinstance(scores, dict) else {MAIN: scores}, targets, positions
+
+
+def _batches(
+    learner: "Learner", view: View, data: TaskData, share: np.ndarray, store: FrozenStore, size: int
+) -> Iterator[tuple[Tensor | None, Tensor, np.ndarray]]:
+    """As `pass_over`; without the images where stored values are all that a prediction needs."""
+    names, runtime = learner.frozen_names, learner.runtime
+    rows = data.rows[share]
+    if learner.needs_images or not names or not all(store.has(data.split, rows, name) for name in names):
+        yield from pass_over(view, share, runtime, size)
+        return
+    for first in range(0, len(share), size):
+        positions = share[first : first + size]
+        yield None, torch.from_numpy(data.labels[positions]).to(runtime.device), positions
+
+
+def _frozen(
+    learner: "Learner", images: Tensor | None, data: TaskData, positions: np.ndarray, store: FrozenStore
+) -> Mapping[str, Tensor]:
+    """Values of every frozen name, those that are missing computed and kept."""
+    rows, device = data.rows[positions], learner.runtime.device
+    missing = [name for name in learner.frozen_names if not store.has(data.split, rows, name)]
+    found = learner.frozen(images, missing) if missing and images is not None else {}
+    for name, values in found.items():
+        store.put(data.split, rows, name, values)
+    stored = [name for name in learner.frozen_names if name not in found]
+    return {**{name: store.get(data.split, rows, name, device) for name in stored}, **found}
+
+
+class _Counts:
+    """Right predictions, summed on the device."""
+
+    def __init__(self, tasks: Sequence[Task], num_classes: int, device: torch.device):
+        self.names: tuple[str, ...] = ()
+        self.correct = torch.zeros(0, dtype=torch.float64, device=device)
+        self.by_class = torch.zeros(0, dtype=torch.float64, device=device)
+        self.images = 0
+        self._shape = len(tasks), num_classes
+        foreign = torch.ones(self._shape, dtype=torch.bool)
+        for row, task in enumerate(tasks):
+            foreign[row, task.classes.start : task.classes.stop] = False
+        self._foreign = foreign.to(device)  # (T, C): classes that a task does not have
+
+    def add(self, scores: Mapping[str, Tensor], targets: Tensor, owner: Tensor) -> None:
+        """scores {name: (B, C so far)}, targets (B,), owner (B,): each image's place among the tasks."""
+        if not self.names:
+            self._name(tuple(scores))
+        assert self.names == tuple(scores), f"scores {tuple(scores)} in a run with {self.names}"
+        self.images += len(targets)
+        for row, values in enumerate(scores.values()):
+            right = torch.stack(right_predictions(values, targets, self._foreign[owner, : values.shape[1]])).to(
+                self.correct
+            )
+            self.correct[row].index_add_(1, owner, right)
+            self.by_class[row].index_add_(0, targets, right[0])
+
+    def agree(self, names: Sequence[tuple[str, ...]]) -> None:
+        """names: those of every process, one of which may have had no image."""
+        if not self.names:
+            self._name(next(found for found in names if found))
+
+    def _name(self, names: tuple[str, ...]) -> None:
+        tasks, classes = self._shape
+        self.names = names
+        self.correct = self.correct.new_zeros(len(names), len(KINDS), tasks)
+        self.by_class = self.by_class.new_zeros(len(names), classes)
+
+
+def right_predictions(scores: Tensor, targets: Tensor, foreign: Tensor) -> list[Tensor]:
+    """scores (B, C), targets (B,), foreign (B, C) -> (B,) booleans by KINDS."""
+    within = scores.masked_fill(foreign, -torch.inf)
+    best = scores.topk(min(5, scores.shape[1]), dim=1).indices
+    return [
+        scores.argmax(dim=1) == targets,
+        within.argmax(dim=1) == targets,
+        (best == targets[:, None]).any(dim=1),
+    ]
+
+
+def _distinct(tasks: Sequence[Task]) -> list[Task]:
+    """One task of those that share a test set (domains that are all tested on the same images)."""
+    found: dict[int, Task] = {}
+    for task in tasks:
+        found.setdefault(id(task.test), task)
+    return list(found.values())
