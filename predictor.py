@@ -133,7 +133,7 @@ def restored(config: RunConfig, path: Path, runtime: Runtime | None = None) -> L
             f"checkpoint '{path}' is of {identity['learner']}, the run's config.json of {config.model_name}: one of "
             "the two does not belong into this folder"
         )
-    runtime = runtime or Runtime(config.device, config.precision, config.num_workers)
+    runtime = runtime or Runtime.of(config)
     learner = build_learner(config, runtime, TaskInfo.from_state(state["learner"]["task"]), restoring=True)
     restore(learner, state["learner"])
     return learner.eval()

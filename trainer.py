@@ -42,7 +42,7 @@ def run(config: RunConfig, folder: Path, resume: bool) -> None:
 
     Raises UserError, TrainingError or Interrupted; what was done until then is saved.
     """
-    runtime = Runtime(config.device, config.precision, config.num_workers, getattr(config, "compile", False))
+    runtime = Runtime.of(config)
     for seed in config.seeds:
         run_seed(config.with_seed(seed), seed_folder(folder, seed), runtime, resume)
     if runtime.is_main:
@@ -103,7 +103,7 @@ class SeedRun(Observer):
 
     def __init__(self, config: RunConfig, folder: Path, runtime: Runtime, stop: StopSignal):
         self.config, self.folder, self.runtime, self.stop = config, folder, runtime, stop
-        runtime.stopwatch.seconds.clear()
+        runtime.begin_run()
         self.manager = load_data(config)
         self.record = Record.empty(len(self.manager), self.manager.data.num_classes)
         self.checkpoint = folder / "checkpoint" / "last.pt"
@@ -114,7 +114,7 @@ class SeedRun(Observer):
         self.store = FrozenStore(config.frozen_gib * 2**30, cache_root(config.cache_root) / "frozen")
         if runtime.is_main:
             self.epochs = EpochLog(folder / "epochs.jsonl", keep=self.record.epoch_lines)
-        self.batches, self.bar = 0, None
+        self.batches, self.bar, self._points = 0, None, 0
         self._held = ExitStack()  # keeps a signal from cutting what has safe points
 
     def run(self) -> None:
@@ -139,7 +139,8 @@ class SeedRun(Observer):
         self.runtime.stopwatch.seconds.update(self.record.seconds)
         self.total_before = self.record.total
         states = state["rng"]
-        set_rng_state(states[self.runtime.rank if self.runtime.rank < len(states) else 0])
+        own = states[self.runtime.rank if self.runtime.rank < len(states) else 0]
+        set_rng_state(own, self.runtime.device)
         where = {"start": "", "fit": ", in training", "fitted": ", trained"}[self.record.phase]
         log.info("resumed: %d of %d tasks done%s", self.record.done, len(self.manager), where)
         return learner
@@ -228,8 +229,15 @@ class SeedRun(Observer):
     def _safe_point(self) -> None:
         """In `before_task`: from the first one on a signal is obeyed here, after saving, and nowhere in between."""
         self._held.enter_context(self.stop.deferred())
-        self.runtime.on_safe_point = lambda: self.save_if_due("start")
+        self.runtime.on_safe_point = self._later_safe_point
+        self._points = 0
         self.save_if_due("start")
+
+    def _later_safe_point(self) -> None:
+        """Several processes agree every so many points, as in training."""
+        self._points += 1
+        if self.runtime.world == 1 or self._points % self.AGREE_EVERY == 0:
+            self.save_if_due("start")
 
     def task_started(self) -> None:
         self.runtime.on_safe_point = None
@@ -296,7 +304,7 @@ class SeedRun(Observer):
     def save(self, phase: str, fit: dict[str, Any] | None = None) -> None:
         """Write the checkpoint, and result.json after a task. phase: as `Position`."""
         with self.stop.deferred(), self.runtime.stopwatch("checkpoint"):
-            states = self.runtime.gather(rng_state())
+            states = self.runtime.gather(rng_state(self.runtime.device))
             self.saved_at = time.perf_counter()  # in every process: one that is still due makes all of them save
             self.record.phase = phase
             if not self.runtime.is_main:

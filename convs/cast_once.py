@@ -26,6 +26,8 @@ class CastOnceLinear(nn.Linear):
 
     def _operand(self, device: str) -> Tensor:
         weight = self.weight
+        if weight.requires_grad:  # a fused optimiser moves it without a trace in its version: what was cast is stale
+            self.low_precision, self._copied_from = None, None
         if weight.requires_grad or torch.compiler.is_compiling() or not torch.is_autocast_enabled(device):
             return weight
         dtype = torch.get_autocast_dtype(device)

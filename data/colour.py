@@ -25,17 +25,23 @@ def distort(x: Tensor, draws: np.ndarray) -> Tensor:
             rows = np.flatnonzero(chosen & (order[:, place] == number))
             if len(rows):
                 strength = HUE * factors[rows, 3] if change is _hue else 1 + STRENGTH * factors[rows, number]
-                at = torch.from_numpy(rows).to(x.device)
-                x[at] = change(x[at], torch.from_numpy(strength).to(x)[:, None, None, None])
+                at = torch.from_numpy(rows).to(x.device, non_blocking=True)
+                x[at] = change(x[at], _uploaded(strength, x)[:, None, None, None])
     x = _where(draws[:, 9] < GREY, _grey(x).expand_as(x), x)
     if x.shape[-1] > 32:
         sigma = SIGMA[0] + (SIGMA[1] - SIGMA[0]) * draws[:, 11]
-        x = _where(draws[:, 10] < BLUR, _blur(x, torch.from_numpy(sigma).to(x)), x)
+        x = _where(draws[:, 10] < BLUR, _blur(x, _uploaded(sigma, x)), x)
     return x
 
 
 def _where(chosen: np.ndarray, changed: Tensor, x: Tensor) -> Tensor:
-    return torch.where(torch.from_numpy(chosen).to(x.device)[:, None, None, None], changed, x)
+    there = torch.from_numpy(chosen).to(x.device, non_blocking=True)
+    return torch.where(there[:, None, None, None], changed, x)
+
+
+def _uploaded(values: np.ndarray, like: Tensor) -> Tensor:
+    """On the device and in the type of `like`, without waiting for it."""
+    return torch.from_numpy(values).to(like.device, like.dtype, non_blocking=True)
 
 
 def _grey(x: Tensor) -> Tensor:
@@ -74,7 +80,7 @@ def _hue(x: Tensor, turn: Tensor) -> Tensor:
     safe = chroma.clamp(min=1)
     sextants = torch.cat([(green - blue) / safe, (blue - red) / safe + 2, (red - green) / safe + 4], dim=1)
     hue = sextants.gather(1, brightest) + 6 * turn  # (B, 1, s, s)
-    k = (x.new_tensor([5, 3, 1]).view(1, 3, 1, 1) + hue) % 6
+    k = ((5 - 2 * torch.arange(3, device=x.device)).view(1, 3, 1, 1) + hue) % 6
     return (value - chroma * torch.minimum(k, 4 - k).clamp_(0, 1)).add_(0.5).floor_().clamp_(0, 255)
 
 

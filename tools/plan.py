@@ -38,7 +38,7 @@ def main(options: argparse.Namespace) -> int:
 def plan(config: RunConfig) -> str:
     """The plan of a run as text. Raises UserError for whatever would stop the run before its first step."""
     first = config.with_seed(config.seeds[0])
-    manager, learner = trainer.prepare(first, Runtime(config.device, config.precision, config.num_workers))
+    manager, learner = trainer.prepare(first, Runtime.of(config))
     task = replace(manager[0], train=manager[0].train.first(8))
     begin(learner, task)
     return "\n".join(_lines(config, manager, learner, task))

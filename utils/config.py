@@ -108,7 +108,10 @@ class RunConfig(BaseModel):
     )
 
     device: str = key("auto", "auto, cpu, cuda or cuda:1", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
-    precision: Literal["auto", "fp32", "bf16"] = key("auto", "auto: bf16 on CUDA, fp32 on CPU")
+    precision: Literal["auto", "fp32", "tf32", "bf16"] = key(
+        "auto", "auto: bf16 on CUDA cards that compute in it, else fp32; tf32: fp32 with products of 19 bits on CUDA"
+    )
+    deterministic: bool = key(False, "on CUDA: the same digits again after a stop, at a cost (docs/costs.md)")
     num_workers: Whole | None = key(None, "loader processes; default: chosen from machine and data")
     probe: Literal["linear", "linear_raw", "knn"] | None = key(
         None,

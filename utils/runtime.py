@@ -1,5 +1,6 @@
 """Where and how a run computes: device, precision, processes, stopwatch. Learners ask for it, none owns a device."""
 
+import gc
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -11,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from utils.config import RunConfig
 from utils.errors import UserError
 
 
@@ -33,7 +35,9 @@ class Stopwatch:
 
 
 class Runtime:
-    """device: "auto", "cpu", "cuda", "cuda:1"; precision: "auto" (bf16 on CUDA, fp32 on CPU), "fp32", "bf16".
+    """device: "auto", "cpu", "cuda", "cuda:1". precision: "fp32"; "tf32", products and convolutions of CUDA in 19 bits;
+    "bf16"; "auto": bf16 on CUDA cards that compute in it (capability 8), else fp32. deterministic: the deterministic
+    algorithms of torch on CUDA, where sums otherwise come in any order.
 
     Under torchrun it joins the process group (NCCL on CUDA, gloo on CPU) and takes this process's device.
     Raises UserError when the device is not there.
@@ -45,6 +49,7 @@ class Runtime:
         precision: str = "auto",
         num_workers: int | None = None,
         compile: bool = False,
+        deterministic: bool = False,
     ):
         self.rank, self.world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
         self.device = _find_device(device)
@@ -52,11 +57,30 @@ class Runtime:
             torch.cuda.set_device(self.device)
         if self.world > 1 and not dist.is_initialized():
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
-        bf16 = precision == "bf16" or (precision == "auto" and self.device.type == "cuda")
+        bf16 = precision == "bf16" or (precision == "auto" and computes_bf16(self.device))
+        if self.device.type == "cuda":
+            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
+            if deterministic:
+                os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS asks for
+            torch.use_deterministic_algorithms(deterministic)
         self.autocast_dtype = torch.bfloat16 if bf16 else None
         self._num_workers, self._compile = num_workers, compile
         self.stopwatch = Stopwatch()
         self.on_safe_point: Callable[[], None] | None = None  # set by whoever can save a run
+
+    @classmethod
+    def of(cls, config: RunConfig) -> "Runtime":
+        """As a config asks for it."""
+        compiled = getattr(config, "compile", False)
+        return cls(config.device, config.precision, config.num_workers, compiled, config.deterministic)
+
+    def begin_run(self) -> None:
+        """Measure from here on: what a finished run has left on the card goes first."""
+        self.stopwatch.seconds.clear()
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(self.device)
 
     @property
     def is_main(self) -> bool:
@@ -128,6 +152,20 @@ class Runtime:
         dist.all_gather_object(values, value)
         return values
 
+    def gather_rows(self, values: Tensor) -> list[Tensor]:
+        """Each process's tensor (n_i, ...), on this process's device, in the order of ranks: no copy to the host, and
+        none to another process's card."""
+        if self.world == 1:
+            return [values]
+        counts = [torch.zeros(1, dtype=torch.int64, device=values.device) for _ in range(self.world)]
+        dist.all_gather(counts, torch.tensor([len(values)], device=values.device))
+        sizes = [int(count) for count in counts]
+        padded = values.new_zeros(max(sizes), *values.shape[1:])
+        padded[: len(values)] = values
+        found = [torch.empty_like(padded) for _ in sizes]
+        dist.all_gather(found, padded)
+        return [rows[:size] for rows, size in zip(found, sizes, strict=True)]
+
     def barrier(self) -> None:
         if self.world > 1:
             dist.barrier()
@@ -161,6 +199,11 @@ class Runtime:
             "torchvision": torchvision.__version__,
             "timm": timm.__version__,
         }
+
+
+def computes_bf16(device: torch.device) -> bool:
+    """Whether a card has bf16 in its matrix units; older ones emulate it, slower than fp32."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8
 
 
 def available_cpus() -> int:

@@ -4,11 +4,14 @@ Augmentation draws are seeded by (seed, task, epoch, position in the data set), 
 So they do not depend on the number of workers or processes, nor on where a run was interrupted.
 """
 
+import logging
 import random
 from typing import Any
 
 import numpy as np
 import torch
+
+log = logging.getLogger(__name__)
 
 _MASK = (1 << 64) - 1
 
@@ -42,23 +45,28 @@ def mix_rows(seed: int, rows: np.ndarray) -> np.ndarray:
     return (states ^ states >> np.uint64(31)) >> np.uint64(1)
 
 
-def rng_state() -> dict[str, Any]:
-    """State of every global generator, in types that `torch.load(weights_only=True)` accepts."""
+def rng_state(device: torch.device | None = None) -> dict[str, Any]:
+    """State of every global generator that a process draws from, in types that `torch.load(weights_only=True)`
+    accepts. device: the one that the process computes on."""
     kind, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
     return {
         "python": random.getstate(),
         "numpy": (kind, torch.from_numpy(np.asarray(keys, dtype=np.int64)), position, has_gauss, gauss),
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "cuda": None if device is None or device.type != "cuda" else torch.cuda.get_rng_state(device),
     }
 
 
-def set_rng_state(state: dict[str, Any]) -> None:
-    """Restore what `rng_state` returned. CUDA states are restored when this machine has as many devices."""
+def set_rng_state(state: dict[str, Any], device: torch.device | None = None) -> None:
+    """Restore what `rng_state` returned. A run that goes on on a device of another kind than before is told that what
+    is drawn there begins anew."""
     version, keys, gauss = state["python"]
     random.setstate((version, tuple(keys), gauss))
     kind, np_keys, position, has_gauss, np_gauss = state["numpy"]
     np.random.set_state((kind, np_keys.numpy().astype(np.uint32), position, has_gauss, np_gauss))
     torch.set_rng_state(state["torch"])
-    if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(state["cuda"])
+    on_cuda = device is not None and device.type == "cuda"
+    if on_cuda and state["cuda"] is not None:
+        torch.cuda.set_rng_state(state["cuda"], device)  # type: ignore[arg-type]
+    elif on_cuda or state["cuda"] is not None:
+        log.warning("the run goes on on another kind of device: random numbers that are drawn there begin anew")

@@ -25,7 +25,7 @@ class EpochChoice:
         """A new task begins."""
         self.epoch: int | None = None  # the chosen one, from 0
         self._accepted = -math.inf if self.rule == "best" else 0.0
-        self._kept: dict[str, Tensor] = {}  # the chosen network, on the CPU
+        self._kept: dict[str, Tensor] = {}  # the chosen network
         self._last: dict[str, Tensor] = {}  # the last epoch's, once `finish` has loaded the chosen one
 
     def offer(self, epoch: int, score: float, network: nn.Module) -> bool:
@@ -33,13 +33,13 @@ class EpochChoice:
         taken = score > self._accepted if self.rule == "best" else not score - self._accepted < -self.slack
         if self.rule == "last" or math.isnan(score) or not taken:
             return False
-        self.epoch, self._accepted, self._kept = epoch, score, _on_cpu(network)
+        self.epoch, self._accepted, self._kept = epoch, score, _copied(network)
         return True
 
     def finish(self, network: nn.Module, keep_last: bool = False) -> None:
         """Make `network` the chosen one; with keep_last `recall_last` can take it back."""
         if self._kept:
-            self._last = _on_cpu(network) if keep_last else {}
+            self._last = _copied(network) if keep_last else {}
             network.load_state_dict(self._kept)
             self._kept = {}
 
@@ -56,6 +56,7 @@ class EpochChoice:
         self._kept, self._last = dict(state["kept"]), dict(state["last"])
 
 
-def _on_cpu(network: nn.Module) -> dict[str, Any]:
+def _copied(network: nn.Module) -> dict[str, Any]:
+    """Where the network is: a copy to the host would wait for every tensor, once an epoch."""
     state = network.state_dict()
-    return {name: value.detach().cpu().clone() if isinstance(value, Tensor) else value for name, value in state.items()}
+    return {name: value.detach().clone() if isinstance(value, Tensor) else value for name, value in state.items()}

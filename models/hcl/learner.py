@@ -131,9 +131,9 @@ class HCL(Learner):
     def after_step(self, images: Tensor, targets: Tensor) -> None:
         """The batch joins the memory, in every process the whole of it."""
         if self.memory is not None:
-            shares = self.runtime.gather((self._as_bytes(images[:, 3:]), targets))
-            for share, labels in shares:
-                self.memory.insert(share.to(images.device), labels.to(images.device))
+            shares = (self.runtime.gather_rows(values) for values in (self._as_bytes(images[:, 3:]), targets))
+            for share, labels in zip(*shares, strict=True):
+                self.memory.insert(share, labels)
 
     def after_epoch(self, epoch: int) -> dict[str, float]:
         """Mean of class- and task-incremental accuracy over the tasks seen, on the images to choose by."""

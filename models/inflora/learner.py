@@ -159,7 +159,8 @@ class InfLoRA(Learner):
         """Columns that the subspace stores, summed over the layers; directions left in the fullest layer."""
         if self.subspace is None:
             return {}
-        return {"memory_columns": int(self.subspace.columns.sum()), "least_free": int(self.subspace.free.min())}
+        columns, free = torch.stack([self.subspace.columns.sum(), self.subspace.free.min()]).tolist()  # one wait
+        return {"memory_columns": columns, "least_free": free}
 
     def after_task(self, task: Task) -> None:
         if self.subspace is not None:

@@ -17,6 +17,7 @@ from torch import Tensor
 from data.loading import View, pass_over
 from data.stream import Task, TaskData
 from models.parts.frozen_store import FrozenStore
+from utils.runtime import Runtime
 
 if TYPE_CHECKING:  # a part imports no learner; `evaluate` receives one
     from models.base import Learner
@@ -55,10 +56,9 @@ def evaluate(
     learner.eval()
     with runtime.stopwatch("eval"):
         for scores, targets, positions in scored(learner, TaskData.joined([t.test for t in tested]), store, batch_size):
-            counts.add(scores, targets, torch.from_numpy(owner[positions]).to(runtime.device))
+            counts.add(scores, targets, torch.from_numpy(owner[positions]).to(runtime.device, non_blocking=True))
         counts.agree(runtime.gather(counts.names))
-        correct = runtime.reduce_sum(counts.correct).cpu().numpy()
-        by_class = runtime.reduce_sum(counts.by_class).cpu().numpy()
+        correct, by_class = counts.totals(runtime)
     column = {id(task.test): index for index, task in enumerate(tested)}
     chosen = np.ascontiguousarray(correct[..., [column[id(task.test)] for task in tasks]])
     return Evaluation(counts.names, chosen, by_class, counts.images)
@@ -118,7 +118,7 @@ class _Counts:
         foreign = torch.ones(self._shape, dtype=torch.bool)
         for row, task in enumerate(tasks):
             foreign[row, task.classes.start : task.classes.stop] = False
-        self._foreign = foreign.to(device)  # (T, C): classes that a task does not have
+        self._foreign = foreign.to(device, non_blocking=True)  # (T, C): classes that a task does not have
 
     def add(self, scores: Mapping[str, Tensor], targets: Tensor, owner: Tensor) -> None:
         """scores {name: (B, C so far)}, targets (B,), owner (B,): each image's place among the tasks."""
@@ -137,6 +137,13 @@ class _Counts:
         """names: those of every process, one of which may have had no image."""
         if not self.names:
             self._name(next(found for found in names if found))
+
+    def totals(self, runtime: Runtime) -> tuple[np.ndarray, np.ndarray]:
+        """(correct, by_class) over all processes; the host waits once."""
+        both = torch.cat([self.correct.flatten(), self.by_class.flatten()])
+        host = runtime.reduce_sum(both).cpu()
+        correct, by_class = host.split([self.correct.numel(), self.by_class.numel()])
+        return correct.view(self.correct.shape).numpy(), by_class.view(self.by_class.shape).numpy()
 
     def _name(self, names: tuple[str, ...]) -> None:
         tasks, classes = self._shape

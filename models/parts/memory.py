@@ -24,7 +24,7 @@ class ImageMemory:
 
     def sample(self, count: int) -> tuple[Tensor, Tensor]:
         """min(count, n) different images, all equally likely, and their labels."""
-        chosen = self._choice(min(count, len(self))).to(self.labels.device)
+        chosen = self._choice(min(count, len(self))).to(self.labels.device, non_blocking=True)
         return self.images[chosen], self.labels[chosen]
 
     def write(self, slots: list[int], images: Tensor, labels: Tensor) -> None:
@@ -38,7 +38,8 @@ class ImageMemory:
             self.labels = torch.cat([self.labels, self.labels.new_empty(missing)])
         last = {slot: row for row, slot in enumerate(slots) if slot >= 0}
         if last:
-            at, rows = (torch.tensor(list(side), device=images.device) for side in (last.keys(), last.values()))
+            places = torch.tensor([list(last.keys()), list(last.values())])
+            at, rows = places.to(images.device, non_blocking=True)
             self.images[at], self.labels[at] = images[rows], labels[rows]
 
     def state_dict(self) -> dict[str, Any]:

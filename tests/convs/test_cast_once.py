@@ -98,3 +98,18 @@ def test_the_plain_linear_layers_of_a_network_are_replaced_under_their_names():
     cast_frozen_once(model)
     assert list(model.state_dict()) == names
     assert [type(m) for m in model.modules() if isinstance(m, nn.Linear)] == [CastOnceLinear, CastOnceLinear]
+
+
+def test_a_copy_does_not_outlive_training():
+    """Fused optimisers move a weight without a trace in its version: freeze, read, train, freeze reads the new one."""
+    layer = CastOnceLinear(nn.Linear(4, 4))
+    x = torch.rand(2, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        layer.requires_grad_(False)
+        layer(x)
+        layer.requires_grad_(True)
+        layer(x)
+        layer.weight.data.add_(1.0)  # leaves the version as it is
+        layer.requires_grad_(False)
+        expected = torch.nn.functional.linear(x, layer.weight, layer.bias)
+        assert torch.equal(layer(x), expected)

@@ -1,11 +1,19 @@
 """What a run takes from the machine: loader processes and batches kept ready."""
 
+import gc
 import os
+import weakref
 
 import pytest
+import torch
 
+import trainer
+from models.factory import config_from
+from tests.conftest import tiny_values
 from utils import runtime
+from utils.interrupt import StopSignal
 from utils.runtime import Runtime, available_cpus, available_memory
+from utils.seed import rng_state, set_rng_state
 
 
 @pytest.fixture
@@ -35,3 +43,75 @@ def test_prefetch_leaves_memory_alone(run, monkeypatch):
 def test_the_machine_answers():
     assert 2**20 < available_memory() < 2**46
     assert 1 <= available_cpus() <= 4096
+
+
+@pytest.fixture
+def card(monkeypatch):
+    """A card for the asking: what a `Runtime` sets on it, without one."""
+    monkeypatch.setattr(runtime, "_find_device", lambda name: torch.device("cuda", 0))
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    yield monkeypatch
+    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize(("precision", "fewer_bits"), [("fp32", False), ("tf32", True), ("bf16", False)])
+def test_fp32_is_fp32_in_convolutions_too(precision, fewer_bits, card):
+    torch.backends.cudnn.allow_tf32 = not fewer_bits
+    made = Runtime("cuda", precision)
+    assert torch.backends.cuda.matmul.allow_tf32 == torch.backends.cudnn.allow_tf32 == fewer_bits
+    assert (made.autocast_dtype is None) == (precision != "bf16")
+
+
+@pytest.mark.parametrize(("capability", "dtype"), [((7, 0), None), ((7, 5), None), ((8, 0), torch.bfloat16)])
+def test_auto_is_bf16_where_the_card_computes_in_it(capability, dtype, card):
+    card.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert Runtime("cuda", "auto").autocast_dtype == dtype
+
+
+def test_deterministic_sets_torch_s_algorithms(card):
+    Runtime("cuda", "fp32", deterministic=True)
+    assert torch.are_deterministic_algorithms_enabled() and os.environ["CUBLAS_WORKSPACE_CONFIG"]
+    Runtime("cuda", "fp32")
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_generators_of_another_kind_of_device_are_not_dropped_without_a_word(caplog):
+    state = rng_state()
+    set_rng_state(state)
+    assert not caplog.records
+    set_rng_state(state | {"cuda": torch.zeros(16, dtype=torch.uint8)})
+    assert "another kind of device" in caplog.text
+
+
+def test_a_finished_seed_leaves_nothing_behind(tmp_path, monkeypatch):
+    """Its learner is gone before the next one is built."""
+    alive: list[weakref.ref] = []
+    made = trainer.seeded_learner
+
+    def watched(*arguments, **keys):
+        assert not [learner for learner in alive if learner() is not None], "an old learner is still there"
+        learner = made(*arguments, **keys)
+        alive.append(weakref.ref(learner))
+        return learner
+
+    monkeypatch.setattr(trainer, "seeded_learner", watched)
+    config = config_from(tiny_values(tmp_path, epochs=1, seed=[1, 2, 3]), "test")
+    trainer.run(config, tmp_path / "out", resume=False)
+    gc.collect()
+    assert len(alive) == 3 and alive[-1]() is None
+
+
+def test_several_processes_agree_at_every_twentieth_safe_point(tmp_path, monkeypatch):
+    config = config_from(tiny_values(tmp_path), "test").with_seed(1993)
+    seed_run = trainer.SeedRun(config, tmp_path / "out", Runtime("cpu", "fp32", 0), StopSignal())
+    agreed = []
+    monkeypatch.setattr(seed_run, "save_if_due", lambda phase, fit=None: agreed.append(phase))
+    seed_run.runtime.world = 2
+    seed_run.runtime.on_safe_point = seed_run._safe_point
+    for _ in range(61):
+        seed_run.runtime.safe_point()
+    assert agreed == ["start"] * 4, "the first, and three more"
+    seed_run._held.close()
