@@ -152,7 +152,7 @@ class Runtime:
         dist.all_gather_object(values, value)
         return values
 
-    def gather_rows(self, values: Tensor) -> list[Tensor]:
+    def gather_tensors(self, values: Tensor) -> list[Tensor]:
         """Each process's tensor (n_i, ...), on this process's device, in the order of ranks: no copy to the host, and
         none to another process's card."""
         if self.world == 1:

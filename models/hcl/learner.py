@@ -131,7 +131,7 @@ class HCL(Learner):
     def after_step(self, images: Tensor, targets: Tensor) -> None:
         """The batch joins the memory, in every process the whole of it."""
         if self.memory is not None:
-            shares = (self.runtime.gather_rows(values) for values in (self._as_bytes(images[:, 3:]), targets))
+            shares = (self.runtime.gather_tensors(values) for values in (self._as_bytes(images[:, 3:]), targets))
             for share, labels in zip(*shares, strict=True):
                 self.memory.insert(share, labels)
 
