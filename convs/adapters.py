@@ -1,19 +1,22 @@
-"""K parallel bottleneck adapters in every block of a timm ViT, and their training on replicas of a batch (RAA, SSIAT).
+"""K parallel bottleneck adapters in every block of a timm ViT, and replicas of a batch that go through them.
 
 B images, N tokens, D width, b bottleneck, K branches, L blocks. Branch i of a block reads the residual stream x1 after
 attention, without a LayerNorm, beside the MLP:
 
     x1 = x + attn(ln1 x)        x' = x1 + mlp(ln2 x1) + A_i(x1)        A_i(x) = s (U_i drop(relu(D_i x + c_i)) + e_i)
 
-In training the batch goes through as K + 1 replicas, [branch 0 | ... | branch K-1 | amalgam]. Each block draws in each
-forward pass alpha = u / sum(u), u ~ U(0, 1)^K, and the amalgam's replica gets
+`AdapterNetwork.subspaces` gives the features of several branches, and of the ViT without one, in one batched pass:
+APER's two, those of EASE and MOS (convs/adapter_sets.py).
+
+RAA and SSIAT train all branches at once: the batch goes through as K + 1 replicas, [branch 0 | ... | branch K-1 |
+amalgam]. Each block draws in each forward pass alpha = u / sum(u), u ~ U(0, 1)^K, and the amalgam's replica gets
 
     "upstream"     sum_i alpha_i A_i(x1 of replica i)        outputs are mixed, on the branches' own streams
     "parameter"    A with U, D, c, e = sum_i alpha_i (U_i, D_i, c_i, e_i), on its own stream
     "none"         there is no such replica
 
 What the replicas share is computed once, for all passes over a batch: the patch embedding and the first block up to its
-adapter depend on nothing that trains (`ReplicaNetwork.prefix`). A frozen branch 0 goes through in a batch of its own
+adapter depend on nothing that trains (`AdapterNetwork.prefix`). A frozen branch 0 goes through in a batch of its own
 without gradient. Behind the last attention only the tokens go on that the features are made of.
 """
 
@@ -45,15 +48,23 @@ class BranchedAdapter(nn.Module):
         self.down_b = nn.Parameter(torch.zeros(branches, bottleneck))
         self.up_w = nn.Parameter(torch.zeros(branches, width, bottleneck))
         self.up_b = nn.Parameter(torch.zeros(branches, width))
-        for branch in self.down_w.data:
-            nn.init.kaiming_uniform_(branch, a=math.sqrt(5))
+        self.restart()
         self.scale = scale
         self.dropout = nn.Dropout(dropout)
         self.frozen = 0
+        self.active = True
 
     @property
     def branches(self) -> int:
         return len(self.down_w)
+
+    @torch.no_grad()
+    def restart(self) -> None:
+        """All branches at their start: the zero function."""
+        for parameter in (self.down_b, self.up_w, self.up_b):
+            parameter.zero_()
+        for branch in self.down_w.data:
+            nn.init.kaiming_uniform_(branch, a=math.sqrt(5))
 
     def freeze(self, count: int) -> None:
         """The first `count` branches train no more: their gradients are zero. What else an optimiser does to weights
@@ -72,11 +83,14 @@ class BranchedAdapter(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Branch 0: (B, N, D) -> (B, N, D)."""
-        return self.outputs(tokens[None], 0, 1)[0]
+        return self._apply_each(tokens[None], *(parameter[:1] for parameter in self._tensors()))[0]
 
     def outputs(self, tokens: Tensor, first: int, last: int) -> Tensor:
         """Branches first .. last-1, each on its own tokens, in one batched product: (k, B, N, D) -> (k, B, N, D)."""
-        down_w, down_b, up_w, up_b = (parameter[first:last] for parameter in self._tensors())
+        return self._apply_each(tokens, *(parameter[first:last] for parameter in self._tensors()))
+
+    def _apply_each(self, tokens: Tensor, down_w: Tensor, down_b: Tensor, up_w: Tensor, up_b: Tensor) -> Tensor:
+        """(k, B, N, D) -> (k, B, N, D) by k stacked adapters."""
         hidden = torch.baddbmm(down_b[:, None], tokens.flatten(1, 2), down_w.mT).relu()  # (k, B N, b)
         hidden = self.dropout(hidden.unflatten(1, tokens.shape[1:3])).flatten(1, 2)
         # The scale goes into the weights: no pass over (k, B, N, D) for it.
@@ -116,14 +130,13 @@ class Entered(NamedTuple):
     passed: Tensor
 
 
-class AdaptedBlock(nn.Module):
-    """A timm block with adapters; it takes over the block's modules, under their names."""
+class OpenBlock(nn.Module):
+    """A timm block whose parts a subclass can reach between; it takes over the block's modules, under their names."""
 
-    def __init__(self, block: Any, adapter: BranchedAdapter):
+    def __init__(self, block: Any):
         super().__init__()
         self.norm1, self.attn, self.ls1, self.drop_path1 = block.norm1, block.attn, block.ls1, block.drop_path1
         self.norm2, self.mlp, self.ls2, self.drop_path2 = block.norm2, block.mlp, block.ls2, block.drop_path2
-        self.adapter = adapter
         self.keep: int | None = None  # leading tokens that leave the block; all of them
 
     def enter(self, x: Tensor) -> Entered:
@@ -134,48 +147,90 @@ class AdaptedBlock(nn.Module):
         leading = x.shape[:-2]
         return Entered(tokens.unflatten(0, leading), passed.unflatten(0, leading))
 
+
+class AdaptedBlock(OpenBlock):
+    """A block with adapters."""
+
+    def __init__(self, block: Any, adapter: BranchedAdapter):
+        super().__init__(block)
+        self.adapter = adapter
+
     def forward(self, x: Tensor) -> Tensor:
         """Branch 0: (B, N, D) -> (B, N, D), fewer tokens behind the last block."""
         tokens, passed = self.enter(x)
-        return passed + self.adapter(tokens)
+        return passed + self.adapter(tokens) if self.adapter.active else passed
+
+
+def open_blocks(vit: Any, opened: Callable[[Any, int], OpenBlock]) -> list[OpenBlock]:
+    """Freeze a timm ViT and replace its blocks by opened(block, number). Behind the last attention only the tokens go
+    on that the features are made of. Blocks that are open already are opened again.
+
+    Raises ConfigError when the backbone has no plain blocks (timm's `Block`).
+    """
+    blocks = list(getattr(vit, "blocks", []))
+    if not blocks or any(type(block) is not Block and not isinstance(block, OpenBlock) for block in blocks):
+        raise ConfigError("backbone", [f"{type(vit).__name__} has no plain transformer blocks; choose a ViT of timm"])
+    vit.requires_grad_(False)
+    found = [opened(block, number) for number, block in enumerate(blocks)]
+    if vit.global_pool == "token" and getattr(vit, "attn_pool", None) is None:
+        found[-1].keep = 1
+    vit.blocks = nn.Sequential(*found)
+    return found
 
 
 def add_adapters(vit: Any, branches: int, bottleneck: int, scale: float, dropout: float) -> list[BranchedAdapter]:
     """Replace the blocks of a timm ViT by adapted ones and freeze everything else; the adapters, block by block.
     Adapters that are there already are replaced.
 
-    Raises ConfigError when the backbone has no plain blocks (timm's `Block`).
+    Raises ConfigError when the backbone has no plain blocks.
     """
-    blocks = list(getattr(vit, "blocks", []))
-    if not blocks or any(type(block) not in (Block, AdaptedBlock) for block in blocks):
-        raise ConfigError("backbone", [f"{type(vit).__name__} has no plain transformer blocks; choose a ViT of timm"])
-    vit.requires_grad_(False)
-    adapted = [AdaptedBlock(b, BranchedAdapter(vit.embed_dim, bottleneck, branches, scale, dropout)) for b in blocks]
-    if vit.global_pool == "token" and getattr(vit, "attn_pool", None) is None:
-        adapted[-1].keep = 1
-    vit.blocks = nn.Sequential(*adapted)
-    return [block.adapter for block in adapted]
+    shape = getattr(vit, "embed_dim", 0), bottleneck, branches, scale, dropout
+    adapters = [BranchedAdapter(*shape) for _ in getattr(vit, "blocks", [])]
+    open_blocks(vit, lambda block, number: AdaptedBlock(block, adapters[number]))
+    return adapters
 
 
-class ReplicaNetwork(Network):
+class AdapterNetwork(Network):
+    """A network over an adapted ViT; images give branch 0's logits."""
+
+    @property
+    def blocks(self) -> Sequence[AdaptedBlock]:
+        return self.backbone.model.blocks  # type: ignore[return-value]
+
+    def train(self, mode: bool = True) -> "AdapterNetwork":
+        """The frozen ViT stays in evaluation mode; the adapters alone have a dropout."""
+        super().train(False)
+        for block in self.blocks:
+            block.adapter.train(mode)
+        return self
+
+    @torch.no_grad()
+    def prefix(self, images: Tensor) -> Entered:
+        """The first block up to its adapter, which all replicas and passes over a batch share. (B, N, D) each."""
+        return self.blocks[0].enter(self.backbone.embed(self.normalise(images)))
+
+    @torch.no_grad()
+    def subspaces(self, images: Tensor, first: int, last: int, plain: bool = False) -> Tensor:
+        """Features of branches first .. last-1, behind those of the ViT without adapters if `plain`: (k, B, D)."""
+        x, count = torch.empty(0), last - first + plain
+        for number, block in enumerate(self.blocks):
+            entered = block.enter(x) if number else repeat(self.prefix(images), count)
+            x = entered.passed if number else entered.passed.clone()
+            if last > first:
+                x[plain:] += block.adapter.outputs(entered.tokens[plain:], first, last)
+        return self.backbone.pool(x.flatten(0, 1)).unflatten(0, (count, -1))
+
+
+class ReplicaNetwork(AdapterNetwork):
     """A network over an adapted ViT. Images give branch 0's logits; a `prefix` gives those of all replicas."""
 
     def __init__(self, backbone: Backbone, head: Callable[[int], Head], normalize: str, amalgam: Amalgam = "upstream"):
         super().__init__(backbone, head, normalize)
         self.amalgam = amalgam
 
-    @property
-    def blocks(self) -> Sequence[AdaptedBlock]:
-        return self.backbone.model.blocks  # type: ignore[return-value]
-
     def forward(self, inputs: Tensor | Entered) -> Tensor:
         """Images (B, 3, s, s) -> (B, C), or a prefix of B images -> ((K + 1) B, C), replica after replica."""
         return self.head(self.features(inputs) if isinstance(inputs, Tensor) else self.replica_features(inputs))
-
-    @torch.no_grad()
-    def prefix(self, images: Tensor) -> Entered:
-        """The first block up to its adapter, which all replicas and passes over a batch share. (B, N, D) each."""
-        return self.blocks[0].enter(self.backbone.embed(self.normalise(images)))
 
     def replica_features(self, prefix: Entered) -> Tensor:
         """Features of [branch 0 | ... | branch K-1 | amalgam], ((K + 1) B, D)."""
@@ -186,10 +241,10 @@ class ReplicaNetwork(Network):
         for number, (block, alpha) in enumerate(zip(blocks, self._mixtures(prefix.tokens), strict=True)):
             if frozen:
                 with torch.no_grad():
-                    entered = block.enter(still) if number else _repeat(prefix, frozen)
+                    entered = block.enter(still) if number else repeat(prefix, frozen)
                     fixed = block.adapter.outputs(entered.tokens, 0, frozen)  # (frozen, B, N, D)
                     still = entered.passed + fixed
-            entered = block.enter(x) if number else _repeat(prefix, moving)  # (moving, B, N, D)
+            entered = block.enter(x) if number else repeat(prefix, moving)  # (moving, B, N, D)
             own = block.adapter.outputs(entered.tokens[: branches - frozen], frozen, branches)
             if self.amalgam != "none":
                 mixed = block.adapter.amalgam(self.amalgam, [*fixed, *own], entered.tokens[-1], alpha)
@@ -206,5 +261,6 @@ class ReplicaNetwork(Network):
         return (uniform / uniform.sum(dim=1, keepdim=True)).to(like.dtype)
 
 
-def _repeat(entered: Entered, count: int) -> Entered:
+def repeat(entered: Entered, count: int) -> Entered:
+    """The same for `count` replicas, without a copy: (count, B, N, D) each."""
     return Entered(*(part.expand(count, *part.shape) for part in entered))

@@ -159,7 +159,7 @@ class TaskHeads(Head):
         return (head for head in self.heads if isinstance(head, nn.Linear))
 
     def _append(self, size: int) -> nn.Linear:
-        head = nn.Linear(self.feature_dim, size, device=self.scales.device)
+        head = nn.Linear(self.feature_dim, size, device=self.scales.device, dtype=self.scales.dtype)
         self.heads.append(head)
         self.scales = torch.cat([self.scales, self.scales.new_ones(1)])
         self.owner = torch.cat([self.owner, self.owner.new_full((size,), len(self.heads) - 1)])

@@ -2,10 +2,13 @@
 
     y = x W^T + b + s (x A^T) B^T        A (r, in), B (out, r); the product B A is never formed in training
 
+LAE adapts keys and values alone, each with its own A and B and a trained scalar in the place of s.
+
 SLCA++ starts A at the first r right singular vectors of W and B at 0, so a branch begins as the identity and looks
 along the directions that the pre-trained layer uses most. s = 0.8 is its reference's constant.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 
 import scipy.linalg
@@ -50,6 +53,32 @@ class LoRALinear(CastOnceLinear):
         if self.merged:
             self.weight -= self.scale * self.lora_B @ self.lora_A
             self.merged = False
+
+
+class SeparateKeyValueLoRA(CastOnceLinear):
+    """A fused qkv with a branch each for key and value:  k += g_k x A_k^T B_k^T,  v += g_v x A_v^T B_v^T.
+
+    A Kaiming uniform, B zero, g trained from 1: starts as the layer itself. Both branches are one pair of products.
+    """
+
+    def __init__(self, qkv: nn.Linear, rank: int):
+        super().__init__(qkv)
+        width = qkv.in_features
+        self.key_A, self.value_A = (nn.Parameter(self.weight.new_empty(rank, width)) for _ in range(2))
+        self.key_B, self.value_B = (nn.Parameter(self.weight.new_zeros(width, rank)) for _ in range(2))
+        self.key_scale, self.value_scale = (nn.Parameter(self.weight.new_ones(())) for _ in range(2))
+        for reduction in (self.key_A, self.value_A):
+            nn.init.kaiming_uniform_(reduction, a=math.sqrt(5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, N, D) -> (B, N, 3D)."""
+        y = super().forward(x)
+        reduced = F.linear(x, torch.cat([self.key_A, self.value_A]))  # (B, N, 2r)
+        up = torch.block_diag(self.key_scale * self.key_B, self.value_scale * self.value_B)  # (2D, 2r)
+        up = F.pad(up, (0, 0, y.shape[-1] - len(up), 0)).to(y.dtype)  # zero for q
+        # In place on the projection: no (B, N, 2D) product beside it.
+        y.flatten(0, -2).addmm_(reduced.flatten(0, -2), up.mT)
+        return y
 
 
 def add_lora(model: nn.Module, rank: int, scale: float = 0.8, targets: Sequence[str] = ("attn.qkv",)) -> None:

@@ -39,6 +39,16 @@ VARIANTS = {
     "ssiat": ("raa", {"branches": 1, "sam": None}),
     "qdi": ("hcl", QDI),
     "qdi from noise": ("hcl", QDI | {"statistics_source": "current", "inversion_start": "noise"}),
+    "ssf": ("aper", {"petl": "ssf", "bottleneck": None}),
+    "vpt": ("ranpac", {"petl": "vpt_deep", "bottleneck": None, "head": "cosine"}),
+    "finetune": ("aper", {"petl": "finetune", "bottleneck": None}),
+    "no projection": ("ranpac", {"projection": 0, "ridge_slack": 0.01}),
+    "rows": ("fecam", {"shrink": None, "upstream": "pilot"}),
+    "plain subspace": ("ease", {"use_init_ptm": True, "beta": 1.0, "recalc_sim": False}),
+    "merge in every pass": ("mos", {"upstream": True}),
+    "variances": ("mos", {"covariance": "diag", "ensemble": False}),
+    "lae's adapter": ("lae", {"pet": "adapter", "upstream": "pilot"}),
+    "lae's lora": ("lae", {"pet": "lora"}),
     "buffer": ("hcl", {"variant": "distilbuf", "memory_size": 5}),
 }
 
@@ -69,7 +79,8 @@ class Steps(Observer):
 
 
 def build(tmp_path, name, keys):
-    config = config_from(tiny_values(tmp_path, name, epochs=2) | keys, source="test")
+    values = tiny_values(tmp_path, name, epochs=2) | keys  # None takes a key away
+    config = config_from({key: value for key, value in values.items() if value is not None}, source="test")
     runtime = Runtime("cpu", "bf16", num_workers=0)
     runtime.device = CUDA
     return config, runtime

@@ -150,7 +150,7 @@ def _describe(cls: type[RunConfig], error: ValidationError, learner: Any) -> dic
         key = str(item["loc"][0])
         if key in faults:
             continue
-        if item["type"] == "missing":
+        if item["type"] == "missing" and len(item["loc"]) == 1:
             faults[key] = f'missing key "{key}": {cls.model_fields[key].description}'
         elif item["type"] == "extra_forbidden" and len(item["loc"]) == 1:
             faults[key] = f'unknown key "{key}"{_known_as(cls, key, learner)}'

@@ -83,6 +83,10 @@ def _allowed_by(schema: Mapping[str, Any], definitions: Mapping[str, Any]) -> st
         return " or ".join(_allowed_by(option, definitions) for option in schema["anyOf"])
     if "enum" in schema:
         return " | ".join(json.dumps(value) for value in schema["enum"])
+    if "const" in schema:
+        return json.dumps(schema["const"])
+    if "prefixItems" in schema:
+        return f"[{', '.join(_allowed_by(item, definitions) for item in schema['prefixItems'])}]"
     if schema.get("type") == "array":
         return f"list of {_allowed_by(schema.get('items', {}), definitions)}"
     names = {"integer": "whole number", "boolean": "true | false", "string": "text", "null": "null"}

@@ -3,7 +3,7 @@
 import gc
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -137,6 +137,21 @@ class Runtime:
         if self.world > 1:
             dist.all_reduce(values)
         return values
+
+    def gather_rows(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
+        """(n, D) of each process -> the rows of all, in the order of ranks, (sum of counts, D). Does not synchronise.
+
+        counts: rows that each process has; what it has more is left out. Own rows alone carry a gradient.
+        """
+        if self.world == 1:
+            return rows
+        padded = rows.new_zeros(max(counts), *rows.shape[1:])
+        padded[: counts[self.rank]] = rows.detach()[: counts[self.rank]]
+        found = [torch.empty_like(padded) for _ in counts]
+        dist.all_gather(found, padded)
+        parts = [part[:count] for part, count in zip(found, counts, strict=True)]
+        parts[self.rank] = rows[: counts[self.rank]]
+        return torch.cat(parts)
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set in any process. Synchronises the processes."""

@@ -181,7 +181,7 @@ def align(
     heads = head_of_column(sizes, weight)
     targets = gaussians.labels.repeat_interleave(settings.samples)
     losses: list[Tensor] = []
-    rows = torch.empty(len(targets), means.shape[1], device=means.device)
+    rows = weight.new_empty(len(targets), means.shape[1])
     for epoch in range(settings.epochs):
         order = _draw_epoch(rows, gaussians, means, settings, ages, generator, draws(epoch) if draws else None)
         for batch, labels in zip(order.split(settings.samples), targets[order].split(settings.samples), strict=True):

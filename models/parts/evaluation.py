@@ -72,11 +72,30 @@ def scored(
     runtime, size = learner.runtime, batch_size or learner.config.test_batch_size
     view, share = data.view("test"), np.arange(len(data))[runtime.rank :: runtime.world]
     kept = store or FrozenStore(0)
+    if store is not None and not learner.needs_images:
+        _fill(learner, view, data, share, store, size)
     for images, targets, positions in _batches(learner, view, data, share, kept, size):
         with runtime.autocast():
             frozen = _frozen(learner, images, data, positions, kept)
             scores = learner.predict(images, frozen)
         yield scores if isinstance(scores, dict) else {MAIN: scores}, targets, positions
+
+
+def _fill(learner: "Learner", view: View, data: TaskData, share: np.ndarray, store: FrozenStore, size: int) -> None:
+    """Compute what the store lacks, each value for the images that lack it alone: no other image is read. It ends where
+    there is no room."""
+    names, rows = tuple(learner.frozen_names), data.rows[share]
+    lacking = np.array([~store.there(data.split, rows, name) for name in names], dtype=bool).reshape(len(names), -1)
+    for pattern in np.unique(lacking, axis=1).T:
+        missing = [name for name, lacks in zip(names, pattern, strict=True) if lacks]
+        chosen = share[(lacking == pattern[:, None]).all(axis=0)] if missing else share[:0]
+        for images, _, positions in pass_over(view, chosen, learner.runtime, size):
+            with learner.runtime.autocast():
+                found = learner.frozen(images, missing)
+            for name, values in found.items():
+                store.put(data.split, data.rows[positions], name, values)
+            if not all(store.has(data.split, data.rows[positions], name) for name in missing):
+                return
 
 
 def _batches(

@@ -37,8 +37,12 @@ class FrozenStore:
 
     def has(self, split: Split, rows: np.ndarray, name: str) -> bool:
         """Whether the value of every one of these images is kept."""
+        return bool(self.there(split, rows, name).all())
+
+    def there(self, split: Split, rows: np.ndarray, name: str) -> np.ndarray:
+        """(B,): whether the value of each of these images is kept."""
         kept = self._kept.get((id(split), name))
-        return kept is not None and bool(kept.there[rows].all())
+        return np.zeros(len(rows), dtype=bool) if kept is None else kept.there[rows]
 
     def get(self, split: Split, rows: np.ndarray, name: str, device: torch.device) -> Tensor:
         """(B, ...) as it was put, on the device."""

@@ -203,12 +203,13 @@ class ClassGaussians(Growing):
     def draw(
         self, means: Tensor, count: int, source: torch.Generator | Tensor | None = None, out: Tensor | None = None
     ) -> Tensor:
-        """x = m + F e, `count` samples around each of means (G, D), perhaps scaled or moved -> (G, count, D) float32.
+        """x = m + F e, `count` samples around each of means (G, D), perhaps scaled or moved -> (G, count, D) of the
+        factors' type.
 
         source: of the noise, a generator on the device of the means, or the noise itself (G, count, K).
         out: written to, if given: fresh memory for each of many draws costs as much as their noise.
         """
-        means, size = means.float(), CHUNK.get(means.device.type, 16)
+        means, size = means.to(self.dtype), CHUNK.get(means.device.type, 16)
         samples = means.new_empty(len(self), count, means.shape[1]) if out is None else out
         noise = means.new_empty(size, count, self.noise)
         for first in range(0, len(self), size):
@@ -219,6 +220,11 @@ class ClassGaussians(Growing):
                 eps = noise[: len(some)].normal_(generator=source)
             self.covariances.sample(means[first : first + size], eps, first, some)
         return samples
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the factors, and so of the samples."""
+        return next(buffer.dtype for buffer in self.covariances.buffers() if buffer.is_floating_point())
 
     @property
     def noise(self) -> int:

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from convs.growing import Growing
@@ -28,16 +29,17 @@ class ClassMeans(Growing):
 
     def update(self, features: Callable[[Tensor], Tensor], view: View, runtime: Runtime, batch_size: int) -> None:
         """Add the images of a view: one pass, each image once."""
-        sums, counts = torch.zeros_like(self.sums), torch.zeros_like(self.counts)
-
-        def add(images: Tensor, targets: Tensor) -> None:
-            sums.index_add_(0, targets, features(images).to(sums.dtype))
-            counts.add_(torch.bincount(targets, minlength=len(counts)))
-
+        share = ClassMeans(self.sums.shape[1]).to(self.sums.device)
+        share.grow(len(self.counts))
         with runtime.stopwatch("statistics"):
-            for_each_batch(view, add, runtime, batch_size)
-        self.sums += runtime.reduce_sum(sums)
-        self.counts += runtime.reduce_sum(counts)
+            for_each_batch(view, lambda images, targets: share.add(features(images), targets), runtime, batch_size)
+        self.sums += runtime.reduce_sum(share.sums)
+        self.counts += runtime.reduce_sum(share.counts)
+
+    def add(self, features: Tensor, labels: Tensor) -> None:
+        """Add rows (n, D) of classes that there is room for, labels (n,)."""
+        self.sums.index_add_(0, labels, features.to(self.sums.dtype))
+        self.counts += torch.bincount(labels, minlength=len(self.counts))
 
     @property
     def empty(self) -> Tensor:
@@ -45,6 +47,16 @@ class ClassMeans(Growing):
         return self.counts == 0
 
     @property
+    def exact_means(self) -> Tensor:
+        """(C, D) float64; zero for a class without images."""
+        return self.sums / self.counts.clamp(min=1)[:, None]
+
+    @property
     def means(self) -> Tensor:
         """(C, D) float32; zero for a class without images."""
-        return (self.sums / self.counts.clamp(min=1)[:, None]).float()
+        return self.exact_means.float()
+
+
+def cosines(a: Tensor, b: Tensor) -> Tensor:
+    """(n, D), (m, D) -> (n, m)."""
+    return F.normalize(a, dim=1) @ F.normalize(b, dim=1).mT

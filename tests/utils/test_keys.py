@@ -39,7 +39,7 @@ def other_value(cls: type[RunConfig], name: str):
             low = option.get("minimum", option.get("exclusiveMinimum", 0)) + step
             return low if low != default else low + step
         if kind == "array":
-            return [1]
+            return [1] * option.get("minItems", 1)
         if kind == "string":
             return "pad_crop_flip"
     raise AssertionError(f"no value for {name}: {entry}")

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch.optim import SGD, Adam, AdamW
 
 import models.parts.optim as optim
+from data.loading import num_batches
 from models.base import LEARNERS
 from models.factory import config_from
 from models.parts.loop import begin, fit
@@ -260,7 +261,7 @@ def test_every_learner_trains_a_task_with_sam(name, optimizer, damping, tmp_path
     monkeypatch.setattr(SAM, "step", lambda *given: steps.append(1) or step(*given))
     before = [p.detach().clone() for p in learner.parameters()]
     fit(learner, manager[0])
-    batches = -(-len(manager[0].train) // learner.config.batch_size)
+    batches = num_batches(len(manager[0].train), learner.config.batch_size, learner.config.drop_last)
     assert len(steps) == 2 * batches, "every step goes through SAM, in both epochs"
     after = list(learner.parameters())
     assert any(not torch.equal(x, y) for x, y in zip(before, after, strict=True))
