@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from convs.cifar_resnet import CifarResNet
+
 
 class LeNet(nn.Module):
     """conv5-ReLU-pool twice, two fully connected layers. The first one reads the map of a 32 px (5x5) or 64 px (13x13)
@@ -253,4 +255,6 @@ SMALL: Mapping[str, Callable[[int], nn.Module]] = {
     "small_densenet121": lambda image_size: densenet121(),
     "small_senet18": senet18,
     "small_regnetx_200mf": lambda image_size: regnetx_200mf(),
+    "small_resnet32": lambda image_size: CifarResNet(),
+    "small_cosine_resnet32": lambda image_size: CifarResNet(cosine=True),
 }

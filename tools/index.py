@@ -78,4 +78,4 @@ def _figures(numbers: object) -> str:
         return ""
     found = [numbers.get(key) for key in ("last_acc", "avg_acc")]
     means = [entry.get("mean") if isinstance(entry, dict) else entry for entry in found]
-    return " / ".join("" if mean is None else f"{mean:g}" for mean in means)
+    return " / ".join("" if mean is None else f"{mean:g}" for mean in means) if means != [None, None] else ""

@@ -17,6 +17,8 @@ from utils.keys import key
 Count = Annotated[int, Field(ge=1)]
 Whole = Annotated[int, Field(ge=0)]
 Rate = Annotated[float, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
 
 # Keys that change where and how fast a run goes, not what it computes: a resumed run may change them.
 MACHINE_KEYS = frozenset(

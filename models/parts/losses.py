@@ -23,6 +23,22 @@ def distillation(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> 
     return temperature**2 * F.kl_div(p, q, log_target=True, reduction="batchmean")
 
 
+def soft_cross_entropy(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
+    """-mean_b sum_c q_bc log p_bc, q = softmax(teacher / T), p = softmax(student / T): the distillation of the classic
+    learners. Its gradient is that of `distillation` / T^2. Logits (B, C), (B, C) -> ()."""
+    return F.cross_entropy(student / temperature, (teacher / temperature).softmax(dim=1))
+
+
+def share_weighted_loss(logits: Tensor, old: Tensor, targets: Tensor, temperature: float) -> Tensor:
+    """(1 - l) CE(z, y) + l KD(z[:, :K], s; T), l = K / C the share of old classes: WA's and BiC's loss.
+
+    logits z (B, C), the previous network's s (B, K), targets (B,) -> ().
+    """
+    known, total = old.shape[1], logits.shape[1]
+    distilled = soft_cross_entropy(logits[:, :known], old, temperature)
+    return (1 - known / total) * F.cross_entropy(logits, targets) + known / total * distilled
+
+
 def symmetric_cross_entropy(logits: Tensor, targets: Tensor, ce: float, rce: float) -> Tensor:
     """ce * CE + rce * RCE (Wang et al., 2019, "Symmetric cross entropy"). logits (B, C), targets (B,) -> ().
 

@@ -29,18 +29,7 @@ class ImageMemory:
 
     def write(self, slots: list[int], images: Tensor, labels: Tensor) -> None:
         """Image i (B, 3, s, s) to slots[i], a slot of at most n + B; the last of equals stays, -1 drops it."""
-        if not len(self):
-            self.images, self.labels = images.new_empty(0, *images.shape[1:]), labels.new_empty(0)
-        self.images, self.labels = self.images.to(images.device), self.labels.to(labels.device)
-        missing = max(slots) + 1 - len(self)
-        if missing > 0:
-            self.images = torch.cat([self.images, self.images.new_empty(missing, *images.shape[1:])])
-            self.labels = torch.cat([self.labels, self.labels.new_empty(missing)])
-        last = {slot: row for row, slot in enumerate(slots) if slot >= 0}
-        if last:
-            places = torch.tensor([list(last.keys()), list(last.values())])
-            at, rows = places.to(images.device, non_blocking=True)
-            self.images[at], self.labels[at] = images[rows], labels[rows]
+        self.images, self.labels = written(self.images, slots, images), written(self.labels, slots, labels)
 
     def state_dict(self) -> dict[str, Any]:
         return {"images": self.images, "labels": self.labels, "generator": self.generator.get_state()}
@@ -52,6 +41,21 @@ class ImageMemory:
     def _choice(self, count: int) -> Tensor:
         """(count,) different positions."""
         return torch.randperm(len(self), generator=self.generator)[:count]
+
+
+def written(store: Tensor, slots: list[int], values: Tensor) -> Tensor:
+    """The store (n, ...) with value i of (B, ...) in slots[i], longer where a slot lies behind its end."""
+    if not len(store):
+        store = values.new_empty(0, *values.shape[1:])
+    store = store.to(values.device)
+    if (missing := max(slots) + 1 - len(store)) > 0:
+        store = torch.cat([store, store.new_empty(missing, *values.shape[1:])])
+    last = {slot: row for row, slot in enumerate(slots) if slot >= 0}
+    if last:
+        places = torch.tensor([list(last.keys()), list(last.values())])
+        at, rows = places.to(values.device, non_blocking=True)
+        store[at] = values[rows]
+    return store
 
 
 class ReservoirMemory(ImageMemory):

@@ -2,8 +2,13 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
+import torch.nn.functional as F
 from torch import Tensor
+
+if TYPE_CHECKING:  # a part imports no learner; `over_seen_classes` receives one
+    from models.base import Learner
 
 
 @dataclass(frozen=True)
@@ -31,3 +36,14 @@ class Varied:
     weights: Mapping[str, Weights]
     loss: Callable[[Tensor, Tensor], Tensor]
     branches: Sequence[Mapping[str, Weights]] = ()
+
+
+def over_seen_classes(learner: "Learner") -> Varied:
+    """The cross-entropy over all classes that the task at hand had seen, over the network's weights that trained: for
+    a learner whose own loss holds a teacher, a memory or a head that is gone when the task is over."""
+
+    def loss(images: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(learner.network(images)[:, : learner.task.total_classes], targets)
+
+    trained = {name: Weights(p) for name, p in learner.network.named_parameters() if p.requires_grad}
+    return Varied(trained, loss)

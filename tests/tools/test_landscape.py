@@ -81,6 +81,8 @@ STREAMS = {"classes": {}, "domains": {"increment": None, "shuffle": False}}
 @pytest.mark.parametrize("learner", list(LEARNERS))
 def test_every_learner(learner, stream, tmp_path, capsys):
     keys = dict(STREAMS[stream])
+    if {"classes": "class", "domains": "domain"}[stream] not in LEARNERS[learner].streams:
+        pytest.skip("takes no such stream")
     if stream == "domains":
         keys["dataset"] = write_stream(tmp_path / "domains.npz", classes=2, domains=3)
     out = finished(tmp_path, model_name=learner, keep_checkpoints="tasks", **keys)
@@ -102,7 +104,11 @@ def test_every_learner(learner, stream, tmp_path, capsys):
     assert len(arrays["noise"]) == 20 and len(arrays["trace"]) == 32 and len(arrays["sphere"]) == 10
     assert numbers["sharpness_10"] >= numbers["sharpness_1"]
     assert numbers["images"] == (12 if learner == "hcl" else 14)  # hcl keeps one of each class for validation
-    assert sum(numbers["varied"].values()) > 0 and numbers["no_path"] is None
+    assert sum(numbers["varied"].values()) > 0
+    if "have different networks" in (numbers["no_path"] or ""):  # one that widens with every task
+        assert stream == "classes" and "path" not in arrays
+        return
+    assert numbers["no_path"] is None
     assert numbers["path"]["start"] == pytest.approx(loss_by_hand(seed, "task2", 1), rel=1e-5)
     # joint: a loss over all classes seen, and those that task 2 had not are left out of the path. hcl: its loss holds a
     # teacher, which on the path is still that of task 2.

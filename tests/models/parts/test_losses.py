@@ -1,4 +1,4 @@
-"""Symmetric cross-entropy on the current head: the reference's values and gradients."""
+"""Losses against the references: values and gradients."""
 
 import re
 
@@ -7,7 +7,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from models.parts.losses import margin_cross_entropy, symmetric_cross_entropy
+from models.foster import balanced
+from models.parts.losses import (
+    distillation,
+    margin_cross_entropy,
+    share_weighted_loss,
+    soft_cross_entropy,
+    symmetric_cross_entropy,
+)
 from tests.conftest import reference
 
 
@@ -72,3 +79,47 @@ def test_angles_have_a_gradient_at_the_poles(kind):
     cosines = torch.tensor([[1.0, -1.0], [-1.0, 1.0]], requires_grad=True)
     margin_cross_entropy(cosines, torch.tensor([0, 0]), 64.0, 0.5, kind).backward()
     assert torch.isfinite(cosines.grad).all()
+
+
+CLASSIC = reference("classic/losses")
+
+
+def distillations(kind: str) -> list[str]:
+    """Names before "/loss": kind/spread/temperature."""
+    return [key.removesuffix("/loss") for key in CLASSIC if key.startswith(f"{kind}/") and key.endswith("/loss")]
+
+
+def inputs(case: str):
+    _, spread, temperature = case.split("/")
+    pred, soft = (torch.from_numpy(CLASSIC[f"kd/{spread}/{name}"]) for name in ("pred", "soft"))
+    return pred.requires_grad_(), soft, float(temperature)
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("case", distillations("kd"))
+def test_soft_cross_entropy(case):
+    pred, soft, temperature = inputs(case)
+    loss = soft_cross_entropy(pred, soft, temperature)
+    (grad,) = torch.autograd.grad(loss, pred)
+    np.testing.assert_allclose(loss.item(), CLASSIC[f"{case}/loss"], atol=1e-10)
+    np.testing.assert_allclose(grad, CLASSIC[f"{case}/grad"], atol=1e-10)
+    (other,) = torch.autograd.grad(distillation(pred, soft, temperature), pred)
+    torch.testing.assert_close(other / temperature**2, grad, atol=1e-10, rtol=0)
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("case", distillations("bkd"))
+def test_balanced_targets(case):
+    pred, soft, temperature = inputs(case)
+    wanted = balanced(soft, torch.from_numpy(CLASSIC[f"{case}/class_weights"]), temperature)
+    loss = F.cross_entropy(pred / temperature, wanted)
+    (grad,) = torch.autograd.grad(loss, pred)
+    np.testing.assert_allclose(loss.item(), CLASSIC[f"{case}/loss"], atol=1e-10)
+    np.testing.assert_allclose(grad, CLASSIC[f"{case}/grad"], atol=1e-10)
+
+
+def test_share_weighted_loss_by_hand():
+    """One old class of three: a third of the distillation, two thirds of the cross-entropy."""
+    logits, old, targets = torch.tensor([[1.0, 2.0, 0.5]]), torch.tensor([[0.3]]), torch.tensor([1])
+    expected = 2 / 3 * F.cross_entropy(logits, targets)  # one class alone has nothing to distil
+    torch.testing.assert_close(share_weighted_loss(logits, old, targets, temperature=2.0), expected)
