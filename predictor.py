@@ -51,6 +51,12 @@ class Predictor:
         seed = single_seed(Path(folder))
         result = finished_result(seed)
         self.config: RunConfig = saved_config(seed / "config.json", {"device": device})
+        if self.config.batch_dependent:
+            raise UserError(
+                f"predictions of the run in '{seed}' depend on the rest of their batch (\"upstream\" of "
+                f"{self.config.model_name}), so a single image has none. `python main.py evaluate RUN` gives "
+                "its accuracy"
+            )
         self.learner = restored(self.config, seed / "checkpoint" / "last.pt")
         size = self.config.image_size or input_size(self.config.backbone)
         self._transform = Transform(self.config.recipes["test"], size)

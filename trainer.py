@@ -43,6 +43,7 @@ def run(config: RunConfig, folder: Path, resume: bool) -> None:
     Raises UserError, TrainingError or Interrupted; what was done until then is saved.
     """
     runtime = Runtime.of(config)
+    check_processes(config, runtime)
     for seed in config.seeds:
         run_seed(config.with_seed(seed), seed_folder(folder, seed), runtime, resume)
     if runtime.is_main:
@@ -79,6 +80,22 @@ def refuse_stream(learner: Learner, manager: DataManager) -> None:
             "dataset",
             [f"{manager.data.name} is a {kind}-incremental stream; {learner.config.model_name} takes {takes} ones"],
         )
+
+
+def check_processes(config: RunConfig, runtime: Runtime) -> None:
+    """Raises ConfigError where several processes would change what is predicted; warns of what depends on its batch."""
+    if not config.batch_dependent:
+        return
+    if runtime.world > 1:
+        raise ConfigError(
+            config.model_name,
+            ["its predictions depend on their batch, as published: run it in one process, or without upstream"],
+        )
+    log.warning(
+        "%s with upstream: predictions depend on the other images of a test batch, which come class by class, "
+        "batch_size at a time; `python main.py audit RUN` says what that is worth",
+        config.model_name,
+    )
 
 
 def run_seed(config: RunConfig, folder: Path, runtime: Runtime, resume: bool) -> None:

@@ -46,10 +46,11 @@ class Head(Growing):
 class LinearHead(Head):
     """z = W f + b, one matrix. New rows: Kaiming uniform (linear gain), bias 0; old rows are copied.
 
-    init "torch": new rows and biases as `nn.Linear` draws them, uniform in +-1/sqrt(D).
+    init "torch": new rows and biases as `nn.Linear` draws them, uniform in +-1/sqrt(D). "trunc_normal": rows with std
+    0.02, cut at +-2.
     """
 
-    def __init__(self, feature_dim: int, init: Literal["kaiming", "torch"] = "kaiming"):
+    def __init__(self, feature_dim: int, init: Literal["kaiming", "torch", "trunc_normal"] = "kaiming"):
         super().__init__()
         self.init = init
         self.weight = nn.Parameter(torch.empty(0, feature_dim))
@@ -69,6 +70,8 @@ class LinearHead(Head):
             bound = 1 / math.sqrt(rows.shape[1])
             nn.init.uniform_(rows, -bound, bound)
             nn.init.uniform_(offsets, -bound, bound)
+        elif self.init == "trunc_normal":
+            nn.init.trunc_normal_(rows, std=0.02)
         else:
             nn.init.kaiming_uniform_(rows, nonlinearity="linear")
         self.weight = nn.Parameter(torch.cat([self.weight.data, rows]))

@@ -172,13 +172,16 @@ def in_front(own: Tensor, rows: Tensor) -> Tensor:
 
 
 def embed(vit: Any, images: Tensor, tokens: Tensor | None = None) -> Tensor:
-    """What the first block of a timm ViT reads, (B, N, D); tokens (B or 1, P, D) go between the class token (and
-    registers) and the patches, with the class token's position."""
+    """What the first block of a timm ViT reads, (B, N, D); tokens (B or 1, P, D): see `insert`."""
     x = vit.patch_drop(vit._pos_embed(vit.patch_embed(images)))
-    if tokens is not None:
-        position = getattr(vit, "pos_embed", None)
-        if position is not None and vit.cls_token is not None and not vit.no_embed_class:
-            tokens = tokens + position[:, :1]
-        head, tail = x[:, : vit.num_prefix_tokens], x[:, vit.num_prefix_tokens :]
-        x = torch.cat([head, tokens.to(x.dtype).expand(len(x), -1, -1), tail], dim=1)
-    return vit.norm_pre(x)
+    return vit.norm_pre(x) if tokens is None else insert(vit, x, tokens)
+
+
+def insert(vit: Any, x: Tensor, tokens: Tensor) -> Tensor:
+    """x (B, N, D), embedded, before the first norm -> (B, N + P, D) behind it: tokens (B or 1, P, D) between the class
+    token (and registers) and the patches, with the class token's position."""
+    position = getattr(vit, "pos_embed", None)
+    if position is not None and vit.cls_token is not None and not vit.no_embed_class:
+        tokens = tokens + position[:, :1]
+    head, tail = x[:, : vit.num_prefix_tokens], x[:, vit.num_prefix_tokens :]
+    return vit.norm_pre(torch.cat([head, tokens.to(x.dtype).expand(len(x), -1, -1), tail], dim=1))

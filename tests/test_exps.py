@@ -28,9 +28,9 @@ FILES = experiments(ROOT / "exps")
 BUNDLED = ("digits", "glyphs", "glyphs_domains")
 
 
-# As wide and deep as the largest rank and the highest block that an experiment asks for.
+# As wide and deep as the largest rank or pool and the highest block that an experiment asks for.
 FIRST = TaskInfo(0, 2, 20, (10, 10), 0, 10, range(10))
-TINY = {"name": "vit", "img_size": 32, "patch_size": 16, "embed_dim": 32, "depth": 5, "num_heads": 2}
+TINY = {"name": "vit", "img_size": 32, "patch_size": 16, "embed_dim": 128, "depth": 5, "num_heads": 2}
 
 
 @pytest.fixture(params=FILES, ids=lambda path: str(path.relative_to(ROOT / "exps")))

@@ -177,6 +177,12 @@ class RunConfig(BaseModel):
         return self.seeds[0] if self.class_order_seed is None else self.class_order_seed
 
     @property
+    def batch_dependent(self) -> bool:
+        """Whether a prediction depends on the rest of its batch, as in published forms of prompt methods. Evaluation
+        then goes class by class, in batches of `batch_size`, in one process, as they do."""
+        return False
+
+    @property
     def recipes(self) -> dict[Literal["train", "test"], str]:
         """Names of the transforms of training and of test images."""
         return {"train": self.test_transform, "test": self.test_transform}

@@ -37,7 +37,7 @@ from models.inflora.kv_lora import InputMoments, add_kv_lora
 from models.inflora.subspace import GPM, DualGPM, Energy
 from models.parts.alignment import AlignmentConfig, align_head
 from models.parts.gaussians import ClassGaussians
-from models.parts.optim import group
+from models.parts.optim import group, quarter_cosine
 from utils.config import Count, Rate, Whole
 from utils.keys import key, redefault
 
@@ -215,5 +215,5 @@ class InfLoRA(Learner):
 
 
 def lagging_cosine(epoch: int, epochs: int) -> float:
-    """cos(99 pi max(e - 1, 0) / (200 (K - 1))): the reference steps its cosine one epoch late. K = 1: constant."""
-    return math.cos(99 * math.pi * max(epoch - 1, 0) / (200 * (epochs - 1))) if epochs > 1 else 1.0
+    """The reference steps its cosine one epoch late."""
+    return quarter_cosine(max(epoch - 1, 0), epochs)

@@ -52,10 +52,15 @@ def evaluate(
     """
     runtime, tested = learner.runtime, _distinct(tasks)
     owner = np.repeat(np.arange(len(tested)), [len(task.test) for task in tested])
+    data = TaskData.joined([task.test for task in tested])
+    if learner.config.batch_dependent:
+        order = np.argsort(data.labels, kind="stable")
+        owner, data = owner[order], data.take(order)
+        batch_size = batch_size or learner.config.batch_size
     counts = _Counts(tested, learner.task.num_classes, runtime.device)
     learner.eval()
     with runtime.stopwatch("eval"):
-        for scores, targets, positions in scored(learner, TaskData.joined([t.test for t in tested]), store, batch_size):
+        for scores, targets, positions in scored(learner, data, store, batch_size):
             counts.add(scores, targets, torch.from_numpy(owner[positions]).to(runtime.device, non_blocking=True))
         counts.agree(runtime.gather(counts.names))
         correct, by_class = counts.totals(runtime)

@@ -8,6 +8,7 @@ tensor, or one branch of a tensor that stacks branches:
     k_i = min(1, T (1 - exp(cos(-u_i, eps_i) - 1)))          T = 0: k = 1, plain SAM
 """
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -41,6 +42,11 @@ def build_scheduler(stage: Stage, optimizer: Optimizer) -> LRScheduler:
     if stage.scheduler == "cosine":
         return CosineAnnealingLR(optimizer, T_max=stage.epochs, eta_min=stage.min_lr)
     return ConstantLR(optimizer, factor=1.0)
+
+
+def quarter_cosine(epoch: int, epochs: int) -> float:
+    """cos(99 pi e / (200 (E - 1))): from 1 down to 0.016 in the last epoch. E = 1: constant."""
+    return math.cos(99 * math.pi * epoch / (200 * (epochs - 1))) if epochs > 1 else 1.0
 
 
 def group(
