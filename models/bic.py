@@ -10,7 +10,7 @@ The published code has CE(softmax(z), y) in the second stage, so that alpha stay
 and lets BatchNorm go on learning there: "upstream".
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -25,13 +25,13 @@ from convs.heads import LinearHead
 from convs.network import Network
 from data.loading import View
 from data.stream import Task, TaskData
-from models.base import LEARNERS, Learner
-from models.parts.exemplars import ExemplarSet, RehearsalConfig, draw
+from models.base import LEARNERS
+from models.parts.exemplars import RehearsalConfig, draw
 from models.parts.losses import share_weighted_loss
 from models.parts.optim import group
 from models.parts.stages import Stage, stage_of
 from models.parts.teacher import Teacher
-from models.parts.varied import Varied, over_seen_classes
+from models.rehearsal import TaughtRehearsal
 from utils.config import Count, Positive, Share
 from utils.keys import key
 from utils.seed import mix
@@ -88,7 +88,7 @@ class CorrectedHead(LinearHead):
 
 
 @LEARNERS.register("bic")
-class BiC(Learner):
+class BiC(TaughtRehearsal):
     """Replay with distillation; a second stage corrects the outputs of the new classes."""
 
     class Config(RehearsalConfig):
@@ -103,10 +103,7 @@ class BiC(Learner):
     def build(self, make_backbone: BackboneMaker) -> None:
         self.network = Network(make_backbone(), CorrectedHead, self.config.normalize)
         self.teacher = Teacher(lambda: self.network)
-        self.exemplars = ExemplarSet(self.config, self.network.backbone.info.image_size, self.task.num_classes)
-
-    def before_task(self, task: Task) -> None:
-        self.network.head.grow(task.total_classes)
+        self._remember()
 
     def stages(self, task: Task) -> Sequence[Stage]:
         train = stage_of(self.config, task)
@@ -160,19 +157,6 @@ class BiC(Learner):
         if old is None:
             return F.cross_entropy(logits, targets)
         return share_weighted_loss(logits, old, targets, self.config.temperature)
-
-    def after_task(self, task: Task) -> None:
-        self.eval()
-        self.exemplars.update(task, self.network.features, self.runtime)
-        self.teacher.update()
-
-    def predict(self, images: Tensor | None, frozen: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        assert images is not None
-        features = self.network.features(images)
-        return self.exemplars.beside(self.network.head(features), features, self.config.predict)
-
-    def landscape(self) -> Varied:
-        return over_seen_classes(self)
 
     @property
     def _correcting(self) -> bool:

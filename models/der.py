@@ -9,24 +9,21 @@ reads its features alone: one for every new class, one for all the old ones.
 The paper's masks and pruning are in none of the published versions, and not here.
 """
 
-from collections.abc import Mapping
-
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from convs.backbones import BackboneMaker
 from convs.expanding import Branches, ExpandingNetwork
-from data.loading import View
 from data.stream import Task
-from models.base import LEARNERS, Learner
-from models.parts.exemplars import ExemplarSet, RehearsalConfig
-from models.parts.varied import Varied, over_seen_classes
+from models.base import LEARNERS
+from models.parts.exemplars import RehearsalConfig
 from models.parts.weight_aligning import align_new_rows
+from models.rehearsal import Rehearsal
 from utils.keys import key
 
 
 @LEARNERS.register("der")
-class DER(Learner):
+class DER(Rehearsal):
     """One backbone a task; stores all of them and exemplars."""
 
     class Config(RehearsalConfig):
@@ -38,7 +35,7 @@ class DER(Learner):
     def build(self, make_backbone: BackboneMaker) -> None:
         backbone = make_backbone()
         self.network = ExpandingNetwork(self._branches(backbone.model), backbone.info, self.config.normalize)
-        self.exemplars = ExemplarSet(self.config, self.network.backbone.info.image_size, self.task.num_classes)
+        self._remember()
 
     def _branches(self, model: nn.Module) -> Branches:
         """What every task gets one of."""
@@ -54,9 +51,6 @@ class DER(Learner):
             self.network.renew_aux_head(len(task.classes) + 1)
         self.network.head.grow(task.total_classes)
 
-    def train_data(self, task: Task) -> View:
-        return self.exemplars.join(task).view("train")
-
     def loss(self, net: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
         if self.task.index == 0:
             return F.cross_entropy(net(inputs), targets)
@@ -67,18 +61,6 @@ class DER(Learner):
     def after_stage(self, task: Task) -> None:
         if self.config.align and task.index > 0:
             align_new_rows(self.network.head.weight, task.known_classes)
-
-    def after_task(self, task: Task) -> None:
-        self.eval()
-        self.exemplars.update(task, self.network.features, self.runtime)
-
-    def predict(self, images: Tensor | None, frozen: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        assert images is not None
-        features = self.network.features(images)
-        return self.exemplars.beside(self.network.head(features), features, self.config.predict)
-
-    def landscape(self) -> Varied:
-        return over_seen_classes(self)
 
 
 def new_or_old(targets: Tensor, classes: range) -> Tensor:

@@ -27,14 +27,13 @@ from convs.backbones import BackboneMaker
 from convs.expanding import Branches, TwoNetworks
 from convs.heads import LinearHead
 from convs.network import Network
-from data.loading import View
 from data.stream import Task
-from models.base import LEARNERS, Learner
-from models.parts.exemplars import ExemplarSet, MemoryConfig
+from models.base import LEARNERS
+from models.parts.exemplars import MemoryConfig
 from models.parts.losses import soft_cross_entropy
 from models.parts.stages import Stage, stage_of
-from models.parts.varied import Varied, over_seen_classes
 from models.parts.weight_aligning import align_new_rows
+from models.rehearsal import Rehearsal
 from utils.config import Count, Positive, Rate, Share
 from utils.keys import key
 
@@ -42,7 +41,7 @@ UPSTREAM_COUNT = {"cifar100": 500}  # images a class that the reference knows; i
 
 
 @LEARNERS.register("foster")
-class Foster(Learner):
+class Foster(Rehearsal):
     """Two networks in training and evaluation, one of them kept; stores exemplars."""
 
     class Config(MemoryConfig):
@@ -72,7 +71,7 @@ class Foster(Learner):
         backbone, normalize = make_backbone(), self.config.normalize
         self.network = TwoNetworks(Branches(nn.Identity(), backbone.model), backbone.info, normalize)
         self.student = Network(copy.deepcopy(backbone), LinearHead, normalize)
-        self.exemplars = ExemplarSet(self.config, self.network.backbone.info.image_size, self.task.num_classes)
+        self._remember()
         self._weights: dict[float, Tensor] | None = None  # of the classes, by beta
 
     def before_task(self, task: Task) -> None:
@@ -97,9 +96,6 @@ class Foster(Learner):
         if self._stage == "compress":
             self.network.eval()
         return self
-
-    def train_data(self, task: Task) -> View:
-        return self.exemplars.join(task).view("train")
 
     def prepare(self, images: Tensor, targets: Tensor) -> tuple[Any, Tensor]:
         """The two networks answer once a batch for the student."""
@@ -148,9 +144,6 @@ class Foster(Learner):
         nearest = self.exemplars.scores(features, logits.shape[1])
         scores = {"teacher": logits, "student": student, "nme": nearest}
         return {self.config.predict: scores[self.config.predict], **scores}
-
-    def landscape(self) -> Varied:
-        return over_seen_classes(self)
 
     @property
     def _stage(self) -> str | None:

@@ -10,7 +10,6 @@ quadprog, in float64, and M^T v is formed where M lies.
 """
 
 import logging
-from collections.abc import Mapping
 from functools import cache
 
 import numpy as np
@@ -20,12 +19,12 @@ from torch import Tensor, nn
 from convs.backbones import BackboneMaker
 from convs.heads import LinearHead
 from convs.network import Network
-from data.loading import pass_over
+from data.loading import View, pass_over
 from data.stream import Task
-from models.base import LEARNERS, Learner
-from models.parts.exemplars import ExemplarSet, RehearsalConfig
+from models.base import LEARNERS
+from models.parts.exemplars import RehearsalConfig
 from models.parts.losses import slice_cross_entropy
-from models.parts.varied import Varied, over_seen_classes
+from models.rehearsal import Rehearsal
 from utils.config import Rate
 from utils.errors import UserError
 from utils.keys import key
@@ -38,7 +37,7 @@ COLUMNS_AT_ONCE = 1 << 22  # of M, when products are summed in float64
 
 
 @LEARNERS.register("gem")
-class GEM(Learner):
+class GEM(Rehearsal):
     """Trains on new images alone, in directions that hurt no past task; stores exemplars."""
 
     class Config(RehearsalConfig):
@@ -51,12 +50,13 @@ class GEM(Learner):
 
     def build(self, make_backbone: BackboneMaker) -> None:
         self.network = Network(make_backbone(), LinearHead, self.config.normalize)
-        self.exemplars = ExemplarSet(self.config, self.network.backbone.info.image_size, self.task.num_classes)
+        self._remember()
         self._memories: list[tuple[Tensor, Tensor, range]] | None = None  # images, labels and classes of each past task
         self._past: Tensor | None = None  # M
 
-    def before_task(self, task: Task) -> None:
-        self.network.head.grow(task.total_classes)
+    def train_data(self, task: Task) -> View:
+        """The task's images alone: past ones enter by their gradients."""
+        return task.train.view("train")
 
     def prepare(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """M at the weights of this step, before the batch: BatchNorm meets past tasks first."""
@@ -76,18 +76,6 @@ class GEM(Learner):
         for parameter, part in zip(moved, projected.split([p.numel() for p in moved]), strict=True):
             if parameter.grad is not None:
                 parameter.grad.copy_(part.view_as(parameter))
-
-    def after_task(self, task: Task) -> None:
-        self.eval()
-        self.exemplars.update(task, self.network.features, self.runtime)
-
-    def predict(self, images: Tensor | None, frozen: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        assert images is not None
-        features = self.network.features(images)
-        return self.exemplars.beside(self.network.head(features), features, self.config.predict)
-
-    def landscape(self) -> Varied:
-        return over_seen_classes(self)
 
     def _moved(self) -> list[nn.Parameter]:
         return [p for p in self.network.parameters() if p.requires_grad]

@@ -9,31 +9,22 @@ exemplars. z (B, C), K known classes, T a temperature:
     KD(z, s; T) = -mean_b sum_c softmax(s / T) log softmax(z / T)
 """
 
-from collections.abc import Mapping
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from convs.backbones import BackboneMaker
-from convs.heads import LinearHead
-from convs.network import Network
-from data.loading import View
-from data.stream import Task
-from models.base import LEARNERS, Learner
-from models.parts.exemplars import ExemplarSet, RehearsalConfig
+from models.base import LEARNERS
+from models.parts.exemplars import RehearsalConfig
 from models.parts.losses import soft_cross_entropy
-from models.parts.teacher import Teacher
-from models.parts.varied import Varied, over_seen_classes
+from models.rehearsal import Inputs, TaughtRehearsal
 from utils.config import Positive
 from utils.keys import key, redefault
 
-Inputs = tuple[Tensor, Tensor | None]
-
 
 @LEARNERS.register("icarl")
-class ICaRL(Learner):
+class ICaRL(TaughtRehearsal):
     """Replay with distillation; predicts by the nearest class mean."""
 
     class Config(RehearsalConfig):
@@ -42,22 +33,6 @@ class ICaRL(Learner):
         predict: Literal["logits", "nme"] = redefault(RehearsalConfig, "predict", "nme")
 
     example = {"exemplars": {"total": 12}}
-
-    def build(self, make_backbone: BackboneMaker) -> None:
-        self.network = Network(make_backbone(), LinearHead, self.config.normalize)
-        self.teacher = Teacher(lambda: self.network)
-        self.exemplars = ExemplarSet(self.config, self.network.backbone.info.image_size, self.task.num_classes)
-
-    def before_task(self, task: Task) -> None:
-        self.network.head.grow(task.total_classes)
-
-    def train_data(self, task: Task) -> View:
-        return self.exemplars.join(task).view("train")
-
-    def prepare(self, images: Tensor, targets: Tensor) -> tuple[Inputs, Tensor]:
-        """The teacher is asked once a batch."""
-        with self.runtime.autocast():
-            return (images, self.teacher(images) if self.teacher else None), targets
 
     def loss(self, net: nn.Module, inputs: Inputs, targets: Tensor) -> Tensor:
         images, old = inputs
@@ -68,19 +43,6 @@ class ICaRL(Learner):
         if old is None:
             return loss
         return loss + soft_cross_entropy(logits[:, : old.shape[1]], old, self.config.temperature)
-
-    def after_task(self, task: Task) -> None:
-        self.eval()
-        self.exemplars.update(task, self.network.features, self.runtime)
-        self.teacher.update()
-
-    def predict(self, images: Tensor | None, frozen: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        assert images is not None
-        features = self.network.features(images)
-        return self.exemplars.beside(self.network.head(features), features, self.config.predict)
-
-    def landscape(self) -> Varied:
-        return over_seen_classes(self)
 
 
 def binary_loss(logits: Tensor, old: Tensor | None, targets: Tensor) -> Tensor:

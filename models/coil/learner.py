@@ -13,7 +13,6 @@ The published code makes V at the end of the task before, from all images of all
 are read when it begins, the old classes by their exemplars; "upstream": by all their images.
 """
 
-from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -26,14 +25,14 @@ from convs.backbones import BackboneMaker
 from convs.growing import Growing
 from convs.heads import CosineHead
 from convs.network import Network
-from data.loading import View, extract_features
+from data.loading import extract_features
 from data.stream import Task, TaskData
-from models.base import LEARNERS, Learner
+from models.base import LEARNERS
 from models.coil.transport import backward_rows, forward_rows, prototypes
-from models.parts.exemplars import ExemplarSet, RehearsalConfig
+from models.parts.exemplars import RehearsalConfig
 from models.parts.losses import soft_cross_entropy
 from models.parts.teacher import Teacher
-from models.parts.varied import Varied, over_seen_classes
+from models.rehearsal import TaughtRehearsal
 from utils.config import Count, Positive, Rate
 from utils.keys import key
 
@@ -62,7 +61,7 @@ class Rows(Growing):
 
 
 @LEARNERS.register("coil")
-class COIL(Learner):
+class COIL(TaughtRehearsal):
     """Replay with distillation and transported rows; stores exemplars."""
 
     class Config(RehearsalConfig):
@@ -82,7 +81,7 @@ class COIL(Learner):
         head = partial(CosineHead, init="uniform", learn_scale=True)
         self.network = CosineNetwork(make_backbone(), head, self.config.normalize)
         self.teacher = Teacher(lambda: self.network)
-        self.exemplars = ExemplarSet(self.config, self.network.backbone.info.image_size, self.task.num_classes)
+        self._remember()
         self.rows = Rows(self.network.feature_dim)
 
     def before_task(self, task: Task) -> None:
@@ -98,16 +97,12 @@ class COIL(Learner):
         head.grow(task.total_classes)
         head.set_stacked(torch.cat([weight, self.rows.new]))
 
-    def train_data(self, task: Task) -> View:
-        return self.exemplars.join(task).view("train")
-
     def prepare(self, images: Tensor, targets: Tensor) -> tuple[tuple[Tensor, Tensor | None], Tensor]:
         """The teacher is asked once a batch; from the second epoch on, backward transport now and then."""
         epoch, step = self.progress.epoch, self.progress.step
         if self.teacher and epoch >= 1 and step % self.config.transport_interval == 0:
             self.rows.old = self._transport_back()
-        with self.runtime.autocast():
-            return (images, self.teacher(images) if self.teacher else None), targets
+        return super().prepare(images, targets)
 
     def loss(self, net: nn.Module, inputs: tuple[Tensor, Tensor | None], targets: Tensor) -> Tensor:
         images, old = inputs
@@ -121,19 +116,6 @@ class COIL(Learner):
         share = old.shape[1] / logits.shape[1]
         transport = FORWARD_WEIGHT if epoch == 0 else config.reg_term * (epoch / stage.epochs) ** 2
         return (1 - share) * terms[0] + share * terms[1] + transport * terms[2]
-
-    def after_task(self, task: Task) -> None:
-        self.eval()
-        self.exemplars.update(task, self.network.features, self.runtime)
-        self.teacher.update()
-
-    def predict(self, images: Tensor | None, frozen: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        assert images is not None
-        features = self.network.features(images)
-        return self.exemplars.beside(self.network.head(features), features, self.config.predict)
-
-    def landscape(self) -> Varied:
-        return over_seen_classes(self)
 
     def _transport_back(self) -> Tensor:
         """U, by the weights before this step, in evaluation mode."""
