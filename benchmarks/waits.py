@@ -58,7 +58,10 @@ def row(name: str, folder: Path) -> str:
     kernels = [count for one in watched for count in one.kernels[1:]]
     most = max((waits.total() for waits in steps), default=0)
     wrong = max((len(undeclared(waits, learner.waits)) for waits in steps), default=0)
-    declared = "; ".join(f"{what}: {why}" for what, why in learner.waits.items())
+    places: dict[str, list[str]] = {}
+    for what, why in learner.waits.items():
+        places.setdefault(why, []).append(what)
+    declared = "; ".join(f"{', '.join(where)}: {why}" for why, where in places.items())
     per_epoch = max((count for one in watched for count in one.epochs[1:]), default=0)
     mean = f"{sum(kernels) / len(kernels):.0f}" if kernels else "-"
     return f"| {name} | {most} | {wrong} | {per_epoch} | {passed} | {mean} | {declared} |"
