@@ -101,6 +101,9 @@ class CodaPrompt(PromptLearner):
         loss = slice_cross_entropy(net(inputs, *rows), targets, self.task.classes)
         return loss + self.config.ortho * self.network.penalty(*rows) if self.config.ortho else loss
 
+    def features(self, images: Tensor) -> Tensor:
+        return self.network.prompted(self.network.ask(images), *self._rows(self.task.index))
+
     def predict(self, images: Tensor | None, frozen: Mapping[str, Tensor]) -> Tensor:
         logits = self.network(self._asked(images, frozen), *self._rows(self.task.index))
         return logits[:, : self.task.total_classes]

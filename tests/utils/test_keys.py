@@ -76,7 +76,7 @@ def test_every_key_changes_the_resolved_run_or_is_refused(learner, name, tmp_pat
     values = tiny_values(tmp_path, learner, dataset="digits")
     before = config_from(values, "test")
     value = other_value(cls, name)
-    if value == getattr(before, name):
+    if value == getattr(before, name) or (isinstance(value, list) and tuple(value) == getattr(before, name)):
         return
     try:
         after = config_from(values | {name: value}, "test")
