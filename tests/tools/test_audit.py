@@ -30,7 +30,6 @@ def audited(capsys, run, *options: str) -> str:
     ("model", "upstream"),
     [
         ("l2p", False),
-        ("l2p", True),
         ("dualprompt", False),
         ("dualprompt", True),
         ("coda_prompt", True),
