@@ -37,24 +37,25 @@ def hcl(network: str, images: int, task_images: int | None = None) -> HCL:
     config = config_from(
         {
             "model_name": "hcl", "variant": "qdi", "upstream": True, "dataset": "digits", "increment": 2,
-            "backbone": network, "stream": [network, network], "reuse": "none", "synthetic_size": 200, "alpha": 1.0,
+            "backbone": network, "networks": [network, network], "reuse": "none", "synthetic_size": 200, "alpha": 1.0,
             "inversion_steps": 1, "num_workers": 0,
         },
         source="benchmark",
     )  # fmt: skip
     torch.manual_seed(0)
-    learner = build_learner(config, Runtime("cpu", "fp32", num_workers=0))
-    assert isinstance(learner, HCL)
     tasks = DataManager(config, image_size=32)
+    learner = build_learner(config, Runtime("cpu", "fp32", num_workers=0), tasks[0].info)
+    assert isinstance(learner, HCL)
     begin(learner, tasks[0])
-    learner.task = tasks[1]
+    learner.task, learner.data = tasks[1].info, tasks[1]
+    learner.stage = learner.stages(tasks[1])[0]
     learner.teacher.update()
     if images:
         learner.synthetic.targets.ask(learner.teacher, torch.rand(images, 3, 32, 32))
     if task_images is not None:
         rows = np.resize(tasks[1].train.rows, task_images)
         larger = replace(tasks[1].train, rows=rows, labels=np.zeros(task_images, dtype=np.int64))
-        learner.task = replace(tasks[1], train=larger)
+        learner.data = replace(tasks[1], train=larger)
     return learner
 
 
@@ -156,7 +157,7 @@ def pool(network: str, task_images: int) -> None:
 
     View.__getitems__ = counted  # type: ignore[method-assign]
     try:
-        learner.synthetic.make(learner.teacher, learner.task, pretrained=False, restartable=learner.restartable)
+        learner.synthetic.make(learner.teacher, learner.data, pretrained=False)
     finally:
         View.__getitems__ = fetch  # type: ignore[method-assign]
     every = 3 * task_images

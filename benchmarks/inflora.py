@@ -107,19 +107,20 @@ def learner_in_task(folder: Path, runtime: Runtime, number: int) -> tuple[InfLoR
     manager, learner = prepare(config_from(values, "benchmark"), runtime)
     assert isinstance(learner, InfLoRA)
     for task in manager[:number]:
-        learner.task = task
+        learner.task = task.info
         learner.network.head.grow(task.total_classes)
         for layer in learner.layers:
             layer.fold()
             layer.start(torch.randn_like(layer.A) / VIT["embed_dim"] ** 0.5)
             layer.B.data.normal_(std=1e-3)
-    return learner, learner.task
+    learner.stage = learner.stages(manager[number - 1])[0]
+    return learner, manager[number - 1]
 
 
 def learner_step(learner: InfLoRA, task: Task, images: Tensor, targets: Tensor) -> Callable[[], object]:
     """What `fit` does with one batch."""
     learner.train()
-    optimizer, _ = learner.make_optimizer(20)
+    optimizer, _ = learner.make_optimizer()
     net = learner.runtime.wrap(learner.network)
     labels = targets + task.classes.start
 

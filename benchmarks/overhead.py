@@ -43,8 +43,8 @@ def setup(case: str, folder: Path, device: str):
         "epochs": 1, "batch_size": batch, "lrate": 1e-3, "scheduler": "constant", "num_workers": 0, "device": device,
     } | ({} if backbone == "small_vit" else {"weights": "random"})  # fmt: skip
     config = config_from(values, "benchmark")
-    learner = build_learner(config, Runtime(device, "auto", num_workers=0))
     task = DataManager(config, size)[0]
+    learner = build_learner(config, Runtime(device, "auto", num_workers=0), task.info)
     begin(learner, task)
     return learner, task
 

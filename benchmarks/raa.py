@@ -159,8 +159,9 @@ def learner_in_task(arguments: argparse.Namespace, folder: Path, runtime: Runtim
     manager, learner = prepare(config_from(values, "benchmark"), runtime)
     assert isinstance(learner, RAA)
     for task in manager[: number + 1]:
-        learner.task = task
+        learner.task = task.info
         learner.network.head.grow(task.total_classes)
+    learner.stage = learner.stages(manager[number])[0]
     for adapter in learner.adapters:
         adapter.freeze(number)
     return learner
@@ -169,7 +170,7 @@ def learner_in_task(arguments: argparse.Namespace, folder: Path, runtime: Runtim
 def learner_step(learner: RAA, images: Tensor, targets: Tensor) -> Callable[[], object]:
     """What `fit` does with one batch."""
     learner.train()
-    optimizer, _ = learner.make_optimizer(20)
+    optimizer, _ = learner.make_optimizer()
     labels = targets + learner.task.classes.start
 
     def closure(inputs: Any, wanted: Tensor) -> Tensor:

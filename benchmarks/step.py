@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from data.stream import DataManager
 from models.factory import build_learner, config_from
-from models.parts.loop import begin, fit
+from models.parts.loop import Observer, begin, fit
 from models.slca import LIGHT
 from utils.runtime import Runtime
 
@@ -38,8 +38,8 @@ class BareBranch(nn.Module):
         return self.linear(x) + 0.8 * self.lora_b(self.lora_a(x))
 
 
-class Clock:
-    """Seconds between steps; also the observer that `fit` calls."""
+class Clock(Observer):
+    """Seconds between steps."""
 
     def __init__(self, device: torch.device):
         self.cuda, self.steps, self.last = device.type == "cuda", [], 0.0
@@ -58,8 +58,6 @@ class Clock:
         self.steps.append(now - self.last)
         self.last = now
 
-    def epoch_done(self, state: Any, numbers: dict[str, float]) -> None: ...
-
 
 def stream(folder: Path, images: int, size: int) -> str:
     """Random images of two classes."""
@@ -76,9 +74,9 @@ def our_steps(model_name: str, dataset: str, batch: int, runtime: Runtime, clock
               "batch_size": batch, "epochs": 1, "normalize": "imagenet"}  # fmt: skip
     config = config_from(values, source="benchmark")
     task = DataManager(config, image_size=224)[0]
-    learner = build_learner(config, runtime)
+    learner = build_learner(config, runtime, task.info)
     begin(learner, task)
-    return lambda: fit(learner, task, clock)
+    return lambda: fit(learner, task, observer=clock)
 
 
 def bare_steps(model_name: str, batch: int, steps: int, runtime: Runtime, clock: Clock):
