@@ -1,6 +1,7 @@
 """`audit RUN`: who depends on the batch, what has changed since the run."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,8 +10,12 @@ import torch
 import main
 from data.loading import Batch
 from data.stream import TaskData
+from models.factory import saved_config
+from predictor import Predictor
 from tests.conftest import build_tiny, tiny_values
 from tools.audit import audit
+from trainer import check_processes
+from utils.errors import ConfigError, UserError
 
 
 def finished(folder, model: str, **keys):
@@ -44,6 +49,18 @@ def test_the_verdict(model, upstream, tmp_path, capsys):
     rows = [line.split() for line in out.splitlines() if line.startswith(("fp32", "bf16"))]
     assert len(rows) == 16
     assert all(row[-2:] == ["0", "0"] for row in rows if row[-4] == "1"), "single images are the measure"
+
+
+def test_what_depends_on_its_batch_is_refused_where_it_cannot_be_had(tmp_path, capsys):
+    run = finished(tmp_path, "dualprompt", upstream=True)
+    assert "depend on the other images of a test batch" in capsys.readouterr().out
+    with pytest.raises(UserError, match="a single image has none"):
+        Predictor(run)
+    assert main.main(["evaluate", str(run)]) == 0
+    assert "as the run's result.json" in capsys.readouterr().out
+    config = saved_config(run / "seed1993" / "config.json")
+    with pytest.raises(ConfigError, match="run it in one process"):
+        check_processes(config, SimpleNamespace(world=2))
 
 
 @pytest.mark.parametrize("upstream", [False, True])
