@@ -86,6 +86,23 @@ def test_generators_of_another_kind_of_device_are_not_dropped_without_a_word(cap
     assert "another kind of device" in caplog.text
 
 
+class Knot:
+    """Refers to itself, so that only the collector ends it."""
+
+    def __init__(self):
+        self.me = self
+
+
+def test_a_seed_begins_with_an_empty_card_and_a_peak_of_its_own(card):
+    """What the seed before left in cycles is gone before its memory is given back and the peak begins anew."""
+    left = weakref.ref(Knot())
+    calls = []
+    card.setattr(torch.cuda, "empty_cache", lambda: calls.append(("emptied", left() is None)))
+    card.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: calls.append(("reset", device.index)))
+    Runtime("cuda", "fp32").begin_run()
+    assert calls == [("emptied", True), ("reset", 0)]
+
+
 def test_a_finished_seed_leaves_nothing_behind(tmp_path, monkeypatch):
     """Its learner is gone before the next one is built."""
     alive: list[weakref.ref] = []
