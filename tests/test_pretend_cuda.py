@@ -4,12 +4,14 @@ What a learner declares in `waits` is let pass: {"path:of the project" or operat
 """
 
 import io
+import pickle
 from collections import Counter
 
 import pytest
 import torch
 
 from data.stream import DataManager
+from models.base import LEARNERS
 from models.factory import build_learner, config_from, learner_class
 from models.parts.evaluation import evaluate
 from models.parts.loop import Observer, Position, begin, fit, learn
@@ -138,6 +140,46 @@ def test_a_stream_stays_on_the_device(learner_name, domains, tmp_path):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_variant_stays_on_the_device(variant, tmp_path):
     check(tmp_path, *VARIANTS[variant], 0)
+
+
+class AlikeProcesses:
+    """Stands for torch.distributed: each of two processes holds what this one does. Objects travel by pickle."""
+
+    def is_initialized(self):
+        return True
+
+    def all_reduce(self, values):
+        values.mul_(2)
+
+    def all_gather(self, found, values):
+        for copy in found:
+            copy.copy_(values)
+
+    def all_gather_object(self, found, value):
+        found[:] = [pickle.loads(pickle.dumps(value)) for _ in found]
+
+    def barrier(self):
+        pass
+
+
+def as_two_processes(monkeypatch, runtime):
+    monkeypatch.setattr("utils.runtime.dist", AlikeProcesses())
+    monkeypatch.setattr(runtime, "wrap", lambda network: network)
+    runtime.world = 2
+
+
+@pytest.mark.parametrize("name", [*LEARNERS, "buffer", "qdi"])
+def test_no_tensor_of_the_device_is_pickled_for_another_process(name, tmp_path, monkeypatch):
+    """Unpickled, it would open a context on the card of the process that sent it."""
+    config, runtime = build(tmp_path, *VARIANTS.get(name, (name, {})))
+    as_two_processes(monkeypatch, runtime)
+    with pretended() as recorder:
+        manager = DataManager(config, image_size=16)
+        learner = build_learner(config, runtime, manager[0].info)
+        for task in manager[:2]:
+            learn(learner, task)
+            evaluate(learner, manager[: task.index + 1])
+    assert not [event for event in recorder.events if event[1] == "pickle"]
 
 
 class Stop(Exception):  # noqa: N818 - no error
