@@ -113,3 +113,10 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def no_figures(request, monkeypatch):
+    """They cost half a second a run, as much as the run; tests that look at them are marked `plots`."""
+    if "plots" not in request.keywords:
+        monkeypatch.setattr("trainer.plot_run", lambda *arguments: None)

@@ -1,5 +1,6 @@
 """Every experiment file is checked and built, and its schema accepts it."""
 
+import functools
 import json
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 
 import main
 from convs.backbones import NAMED, input_size, make_backbone
+from data import sources
 from data.stream import DataManager, TaskInfo
 from models.base import LEARNERS
 from models.factory import build_learner, load_config
@@ -53,6 +55,23 @@ def test_learner_is_built(path):
     assert learner.network.feature_dim > 0
 
 
+@pytest.fixture(scope="module")
+def loaded_once():
+    """The bundled sets are rendered; once is enough for all files."""
+    found: dict[tuple, object] = {}
+
+    def load(*arguments):
+        if arguments not in found:
+            found[arguments] = read(*arguments)
+        return found[arguments]
+
+    read = sources.load
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sources, "load", load)
+        yield
+
+
+@pytest.mark.usefixtures("loaded_once")
 def test_tasks_are_made_where_the_data_are_bundled(path):
     config = load_config(str(path))
     if config.dataset in BUNDLED:
@@ -60,10 +79,15 @@ def test_tasks_are_made_where_the_data_are_bundled(path):
         assert sum(len(task.train) + len(task.val or ()) for task in tasks) == len(tasks.data.train)
 
 
+@functools.cache
+def validator(learner: str) -> jsonschema.Draft202012Validator:
+    return jsonschema.Draft202012Validator(json_schema(LEARNERS[learner].Config, learner))
+
+
 def test_schema_accepts_the_file(path):
     values = json.loads(path.read_text())
     learner = values["model_name"]
-    jsonschema.validate(values, json_schema(LEARNERS[learner].Config, learner))
+    validator(learner).validate(values)
     assert (path.parent / values["$schema"]).resolve() == ROOT / "exps" / "schema" / f"{learner}.json"
 
 

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 import main
+from data.loading import _end_loader_processes
 from models.base import LEARNERS
 from tests.conftest import TINY_VIT, tiny_values, write_stream
 
@@ -197,8 +198,10 @@ def test_a_loader_process_hands_the_sentence_over(tmp_path, capsys):
     path = config_file(tmp_path, **(truncated_image(tmp_path) | {"num_workers": 1}))
     error = refused(capsys, tmp_path, "--config", str(path), "--output", str(tmp_path / "out"))
     assert error.startswith("image '") and "worker" not in error
+    _end_loader_processes()  # the error holds its loader, which would wait ten seconds for them
 
 
+@pytest.mark.slow
 def test_the_program_ends_although_an_error_holds_a_loader_process(tmp_path):
     path = config_file(tmp_path, **(truncated_image(tmp_path) | {"num_workers": 1}))
     program = "import gc, sys, main; gc.disable(); sys.exit(main.main(sys.argv[1:]))"  # no luck in the collector
@@ -207,6 +210,7 @@ def test_the_program_ends_although_an_error_holds_a_loader_process(tmp_path):
     assert done.returncode == 2 and done.stderr.startswith("image '")
 
 
+@pytest.mark.slow
 def test_an_error_of_the_program_is_not_hidden_by_the_end_of_its_loader_processes(tmp_path):
     path = config_file(tmp_path, **(truncated_image(tmp_path) | {"num_workers": 1}))
     program = "import sys, main, data.images; data.images.DataError = ValueError; sys.exit(main.main(sys.argv[1:]))"
@@ -294,6 +298,7 @@ def test_a_loss_that_is_not_a_number_ends_with_1(tmp_path, capsys):
     assert "lower lrate" in capsys.readouterr().err
 
 
+@pytest.mark.plots
 def test_result_folder_holds_what_the_design_promises(tmp_path, capsys):
     path = config_file(tmp_path, seed=[1, 2])
     out = tmp_path / "out"

@@ -1,5 +1,7 @@
 """Keys of a config: what one says of itself, what it needs to have an effect, how all of them are listed."""
 
+import copy
+import functools
 import json
 from collections.abc import Mapping
 from typing import Any
@@ -57,9 +59,14 @@ def key_table(cls: type[BaseModel], shared: type[BaseModel]) -> list[tuple[str, 
     return rows
 
 
+@functools.cache
+def _schema(cls: type[BaseModel]) -> dict[str, Any]:
+    return cls.model_json_schema()
+
+
 def json_schema(cls: type[BaseModel], learner: str) -> dict[str, Any]:
     """JSON schema of a learner's config files, for editors."""
-    schema = cls.model_json_schema()
+    schema = copy.deepcopy(_schema(cls))
     for entry in schema["properties"].values():
         entry.pop(_ONLY, None)
     schema["title"] = f"Palimpsest experiment: {learner}"
@@ -70,7 +77,7 @@ def json_schema(cls: type[BaseModel], learner: str) -> dict[str, Any]:
 
 def allowed(cls: type[BaseModel], key: str) -> str:
     """What a key accepts, in words: "whole number >= 1 or null"."""
-    schema = cls.model_json_schema()
+    schema = _schema(cls)
     return _allowed_by(schema["properties"][key], schema.get("$defs", {}))
 
 

@@ -21,6 +21,7 @@ def write_config(tmp_path: Path, name: str) -> Path:
     domains = "class" not in learner_class(name).streams
     stream = {"dataset": write_stream(tmp_path / "d.npz", domains=3), "shuffle": False, "increment": None}
     keys = {"backbone": TINY_VIT | {"proj_drop_rate": 0.2}, "train_transform": "pad_crop", "checkpoint_minutes": 1e-9}
+    keys["epochs"] = 2
     path = tmp_path / "run.json"
     path.write_text(json.dumps(tiny_values(tmp_path, name, **keys, **(stream if domains else {}))))
     return path

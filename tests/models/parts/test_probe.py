@@ -38,8 +38,9 @@ def test_a_linear_layer_separates_what_is_separable():
 
 
 @pytest.mark.smoke
-@pytest.mark.parametrize("kind", ["linear", "linear_raw", "knn"])
-@pytest.mark.parametrize("name", list(LEARNERS))
+@pytest.mark.parametrize(
+    ("name", "kind"), [*((name, "linear") for name in LEARNERS), ("finetune", "linear_raw"), ("finetune", "knn")]
+)
 def test_every_learner_can_be_probed(name, kind, tmp_path):
     manager, learner = build_tiny(tmp_path, name)
     for task in manager[:2]:
