@@ -77,7 +77,8 @@ def shared_run(tmp_path_factory):
 
 STREAMS = {"classes": {}, "domains": {"increment": None, "shuffle": False}}
 # A stream of domains for one learner of each kind: plain, by statistics, of several networks.
-CASES = [*((learner, "classes") for learner in LEARNERS), *((name, "domains") for name in ("finetune", "slca", "hcl"))]
+DOMAINS = {"finetune", "slca", "hcl"} & set(LEARNERS)
+CASES = [*((learner, "classes") for learner in LEARNERS), *((learner, "domains") for learner in sorted(DOMAINS))]
 
 
 @pytest.mark.parametrize(("learner", "stream"), CASES)
