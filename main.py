@@ -6,10 +6,17 @@
 Exit status: 0 finished; 2 wrong config, data or weights; 3 stopped by a signal after saving; 1 anything else.
 """
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # nothing is at work during the imports: no traceback
+
 import argparse
+import errno
 import logging
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import tools
@@ -56,7 +63,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"{flag} is a command now: python main.py {OLD_FLAGS[flag]}", file=sys.stderr)
             return 2
     if given and not given[0].startswith("-"):
-        return guarded(tools.run, given[0], given[1:])
+        return guarded(tools.run, given[0], given[1:], _interruptible)
     parse = parser()
     options = parse.parse_args(given)
     if not options.config:
@@ -69,28 +76,65 @@ def guarded(action, *arguments) -> int:
     # After the arguments: torch takes seconds to import, and --help should not.
     from utils.errors import Interrupted, TrainingError, UserError
 
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(AttributeError, ValueError):  # closed, or another kind of object
+            stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # names that a terminal lacks
+    logging.raiseExceptions = False  # a log that cannot be written is no reason for a traceback a line
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout, force=True)
     try:
         status = action(*arguments)
-        sys.stdout.flush()
+        if sys.stdout is not None:
+            sys.stdout.flush()
         return status
     except UserError as error:
-        print(error, file=sys.stderr)
-        return 2
+        return _say(error, 2)
     except TrainingError as error:
-        print(error, file=sys.stderr)
-        return 1
-    except Interrupted as signal:
-        print(f"stopped by {signal}; saved. The same command with --resume continues", file=sys.stderr)
-        return 3
+        return _say(error, 1)
+    except Interrupted as stop:
+        return _say(f"stopped by {stop}; what was done is saved. The same command with --resume continues", 3)
+    except KeyboardInterrupt:
+        return _say("stopped at once; --resume continues from what was saved before", 130)
     except BrokenPipeError:  # the reader, say `| head`, has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        if error.errno not in OF_THE_MACHINE:
+            raise
+        place = f"'{error.filename}': " if error.filename else ""
+        return _say(f"{place}{error.strerror}. {OF_THE_MACHINE[error.errno]}; --resume then continues", 2)
+
+
+# What a disk or a file system may refuse at any moment -> what to do.
+OF_THE_MACHINE = {
+    errno.ENOSPC: "Free some space, or choose another folder with --output DIR",
+    errno.EDQUOT: "Free some of your quota, or choose another folder with --output DIR",
+    errno.EROFS: "Choose another folder with --output DIR",
+    errno.EACCES: "Change its permissions, or choose another folder with --output DIR",
+    errno.EPERM: "Change its permissions, or choose another folder with --output DIR",
+    errno.EIO: "The disk failed; look at it, or choose another folder with --output DIR",
+    errno.ESTALE: "The network file system lost the file; mount it again",
+    errno.ELOOP: "A symbolic link stands in its place: remove it",
+    errno.ENOTDIR: "A file stands where a folder should be: move it, or choose another folder with --output DIR",
+    errno.EISDIR: "A folder stands where a file should be: move it, or choose another folder with --output DIR",
+    errno.ENAMETOOLONG: "Choose a shorter name",
+    errno.EMFILE: "Raise `ulimit -n`, or lower num_workers",
+    errno.ENFILE: "The machine has too many files open; close some",
+}
+
+
+def _say(sentence: object, status: int) -> int:
+    with suppress(OSError, ValueError):  # nobody listens any more
+        print(sentence, file=sys.stderr)
+    return status
 
 
 def run(options: argparse.Namespace) -> int:
     from models.factory import load_config
+    from utils.errors import UserError
 
+    _interruptible()
+    if twice := sorted({path for path in options.config if options.config.count(path) > 1}):
+        raise UserError(f"--config {twice[0]} is given twice: one is enough")
     flags = {"seed": options.seed, "device": options.device, "data_root": options.data_root}
     flags = {key: value for key, value in flags.items() if value is not None}
     # All configs are checked before the first one runs.
@@ -107,12 +151,21 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
+def _interruptible() -> None:
+    """From here on Ctrl-C unwinds what is at work."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def result_folder(config: Path, output: Path | None, alone: bool) -> Path:
     """runs/<stem>, with the folders below exps/ in between: exps/slca/cars.json and exps/raa/cars.json differ."""
     parts = config.resolve().with_suffix("").parts
     below = parts[len(parts) - parts[::-1].index("exps") :] if "exps" in parts[:-1] else parts[-1:]
     if output is None:
         return Path("runs", *below)
+    from utils.files import expanded
+
+    output = expanded(output)
     return output if alone else output.joinpath(*below)
 
 

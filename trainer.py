@@ -2,7 +2,7 @@
 
 import logging
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,8 @@ from models.parts.state import learner_state, restore
 from utils import checkpoint
 from utils.config import RunConfig
 from utils.errors import ConfigError, Interrupted
-from utils.folders import claim, read_result, seed_folder, summarise
+from utils.files import held
+from utils.folders import claim, draw, refuse_foreign, refuse_other_inputs, seed_folder, sound_result, summarise
 from utils.interrupt import StopSignal
 from utils.metrics import accuracy_by_class, summarise_probe, summarise_scores
 from utils.plots import plot_images, plot_run
@@ -100,16 +101,21 @@ def check_processes(config: RunConfig, runtime: Runtime) -> None:
 
 def run_seed(config: RunConfig, folder: Path, runtime: Runtime, resume: bool) -> None:
     """One seed in its own folder. A finished seed is skipped when resuming."""
-    claim(folder, config, resume)
-    if (result := read_result(folder)) is not None and result["finished"]:
-        log.info("%s: finished, skipped", folder)
-        return
+    refuse_foreign(folder)
     if runtime.is_main:
         make_folder(folder)
-        write_json(folder / "config.json", config.saved())
-    runtime.barrier()
-    with run_log(folder, runtime.is_main), StopSignal() as stop:
-        SeedRun(config, folder, runtime, stop).run()
+    with held(folder) if runtime.is_main else nullcontext():
+        claim(folder, config, resume, repair=runtime.is_main)
+        runtime.barrier()
+        if runtime.is_main:
+            write_json(folder / "config.json", config.saved())
+        if (result := sound_result(folder, repair=False)) is not None and result["finished"]:
+            log.info("%s: finished, skipped", folder)
+            if runtime.is_main and not (folder / "plots" / "curve.png").is_file():
+                draw(plot_run, result, folder / "plots")  # it was stopped there
+            return
+        with run_log(folder, runtime.is_main), StopSignal() as stop:
+            SeedRun(config, folder, runtime, stop).run()
 
 
 class SeedRun(Observer):
@@ -128,9 +134,11 @@ class SeedRun(Observer):
         self.total_before = 0.0
         self.learner = self._resumed() if self.checkpoint.is_file() else self._fresh()
         refuse_stream(self.learner, self.manager)
+        report = self.learner.network.backbone.info.report
+        refuse_other_inputs(folder, config, self.manager.data.digest, (report.name, report.sha256))
         self.store = FrozenStore(config.frozen_gib * 2**30, cache_root(config.cache_root) / "frozen")
         if runtime.is_main:
-            self.epochs = EpochLog(folder / "epochs.jsonl", keep=self.record.epoch_lines)
+            self.epochs = EpochLog(folder / "epochs.jsonl", self.record.epoch_lines)
         self.batches, self.bar, self._points = 0, None, 0
         self._held = ExitStack()  # keeps a signal from cutting what has safe points
 
@@ -149,9 +157,12 @@ class SeedRun(Observer):
 
     def _resumed(self) -> Learner:
         """The learner of the checkpoint, and everything else of it taken up."""
-        _, state = checkpoint.load(self.checkpoint)
+        identity, state = checkpoint.load(self.checkpoint)
         learner = seeded_learner(self.config, self.runtime, TaskInfo.from_state(state["learner"]["task"]))
+        own = self._identity(learner)
+        checkpoint.refuse_other(self.checkpoint, identity, {k: v for k, v in own.items() if k != "weights"})
         restore(learner, state["learner"])
+        checkpoint.refuse_other(self.checkpoint, identity, self._identity(learner))  # a run may have several networks
         self.record.load_state_dict(state["record"])
         self.runtime.stopwatch.seconds.update(self.record.seconds)
         self.total_before = self.record.total
@@ -239,9 +250,9 @@ class SeedRun(Observer):
             return
         result = self.result()
         write_json(self.folder / "result.json", result)
-        plot_run(result, self.folder / "plots")
         log.info("%s", curve_text(result))
         log.info("results in %s", self.folder)
+        draw(plot_run, result, self.folder / "plots")
 
     def _safe_point(self) -> None:
         """In `before_task`: from the first one on a signal is obeyed here, after saving, and nowhere in between."""
@@ -263,7 +274,7 @@ class SeedRun(Observer):
         record.trainable = [*record.trainable[: record.task], num_trainable(self.learner)]
         if self.runtime.is_main:
             for name, images in self.learner.report().pictures.items():
-                plot_images(images.cpu().numpy(), self.folder / "plots" / f"{name}.png")
+                draw(plot_images, images.cpu().numpy(), self.folder / "plots" / f"{name}.png")
 
     def stage_started(self, number: int) -> None:
         """From here to the end of the stage a signal waits for the next step."""
@@ -316,7 +327,7 @@ class SeedRun(Observer):
         if stop or self.runtime.any(due):
             self.save(phase, None if fit is None else fit.state_dict())
         if stop:
-            raise Interrupted("a signal")
+            raise Interrupted(self.stop.name)
 
     def save(self, phase: str, fit: dict[str, Any] | None = None) -> None:
         """Write the checkpoint, and result.json after a task. phase: as `Position`."""
@@ -341,9 +352,9 @@ class SeedRun(Observer):
             if phase == "start" and record.done > record.task and self.config.keep_checkpoints == "tasks":
                 checkpoint.keep(self.checkpoint, f"task{record.done}.pt")
 
-    def _identity(self) -> dict[str, Any]:
+    def _identity(self, learner: Learner | None = None) -> dict[str, Any]:
         """What the checkpoint belongs to."""
-        report = self.learner.network.backbone.info.report
+        report = (learner or self.learner).network.backbone.info.report
         return {
             "learner": self.config.model_name,
             "seed": self.config.seeds[0],

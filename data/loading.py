@@ -24,6 +24,7 @@ from data.images import read_image
 from data.records import Split
 from data.transforms import Transform, as_tensor
 from utils.errors import UserError
+from utils.interrupt import STOPPING
 from utils.runtime import Runtime
 from utils.seed import mix, mix_rows
 
@@ -301,8 +302,8 @@ def _as_is(batch: _Fetched) -> _Fetched:
 
 def _leave_signals_to_the_parent(_: int) -> None:
     """A terminal and most clusters signal the whole process group: the parent stops the run, and ends this process."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for number in STOPPING:
+        signal.signal(number, signal.SIG_IGN)
 
 
 _processes: set[multiprocessing.process.BaseProcess] = set()  # loader processes that this program has started

@@ -25,6 +25,7 @@ from data.splits import cache_root
 from data.transforms import Transform
 from utils.config import RunConfig
 from utils.errors import ConfigError
+from utils.seed import folded
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +34,7 @@ Mode = Literal["train", "test"]
 
 def class_order(num_classes: int, seed: int, shuffle: bool) -> np.ndarray:
     """(C,): order[j] is the original class that becomes new label j (the field's legacy numpy generator)."""
-    return np.random.RandomState(seed).permutation(num_classes) if shuffle else np.arange(num_classes)
+    return np.random.RandomState(folded(seed, 32)).permutation(num_classes) if shuffle else np.arange(num_classes)
 
 
 def label_map(order: np.ndarray) -> np.ndarray:

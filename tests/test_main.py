@@ -274,18 +274,6 @@ def test_a_finished_folder_is_kept(tmp_path, capsys):
     assert (tmp_path / "out" / "seed1993" / "result.json").read_bytes() == before
 
 
-@pytest.mark.parametrize("left", [None, "{"])
-def test_a_run_without_its_config_is_left_alone(left, tmp_path, capsys):
-    path, out = config_file(tmp_path), tmp_path / "out"
-    assert main.main(["--config", str(path), "--output", str(out)]) == 0
-    (out / "seed1993" / "config.json").unlink()
-    if left is not None:
-        (out / "seed1993" / "config.json").write_text(left)
-    capsys.readouterr()
-    assert main.main(["--config", str(path), "--output", str(out), "--resume"]) == 2
-    assert "config.json cannot be read" in capsys.readouterr().err
-
-
 def test_a_run_that_failed_before_its_first_epoch_can_be_started_again(tmp_path, capsys):
     out = str(tmp_path / "out")
     assert main.main(["--config", str(config_file(tmp_path, weights="nowhere.pth")), "--output", out]) == 2

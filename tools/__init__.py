@@ -8,6 +8,7 @@ import argparse
 import ast
 import importlib
 import pkgutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,14 +43,16 @@ def _find() -> dict[str, Command]:
 COMMANDS = _find()
 
 
-def run(name: str, arguments: list[str]) -> int:
-    """Exit status of a command. Raises UserError with the nearest name for one that does not exist."""
+def run(name: str, arguments: list[str], imported: Callable[[], None] = lambda: None) -> int:
+    """Exit status of a command. imported: called when all modules are there. Raises UserError with the nearest name for
+    one that does not exist."""
     from utils.errors import UserError, did_you_mean
 
     if name not in COMMANDS:
         near = did_you_mean(name, COMMANDS)
         raise UserError(f'unknown command "{name}"{near or "."} Known: {", ".join(COMMANDS)}')
     module = importlib.import_module(COMMANDS[name].module)
+    imported()
     parser = argparse.ArgumentParser(prog=f"main.py {name}", description=COMMANDS[name].help)
     module.arguments(parser)
     return module.main(parser.parse_args(arguments))

@@ -1,6 +1,8 @@
 """JSON files and --set -> a checked config, or every fault at once in sentences."""
 
 import json
+import math
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
@@ -10,6 +12,7 @@ from pydantic_core import to_jsonable_python
 
 from utils.config import RunConfig, TrainConfig
 from utils.errors import ConfigError, did_you_mean
+from utils.files import expanded
 from utils.keys import allowed, condition_text, conditions, holds
 
 # Keys of the older toolboxes and of version 0.1 -> what they may be called here, the first that the learner has.
@@ -49,30 +52,72 @@ UNREAD = frozenset(
 )
 
 
+LARGEST = 10 * 2**20  # bytes of a config file; the largest shipped one has two thousand
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file.
 
-    Raises ConfigError when the file is missing, is not JSON (with line and column), holds a key twice, a NaN,
-    or anything but an object.
+    Raises ConfigError when the file is missing, is not JSON (with line and column), holds a key twice, a number that is
+    none, half a character, or anything but an object.
     """
+    path = expanded(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        if path.exists() and not path.is_file():
+            raise ConfigError(str(path), ["is no file: a config is a JSON file"])
+        if path.is_file() and path.stat().st_size > LARGEST:
+            raise ConfigError(str(path), [f"holds {path.stat().st_size / 2**20:.0f} MB: that is no config"])
+        text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         near = did_you_mean(path.name, (p.name for p in path.parent.glob("*.json"))) if path.parent.is_dir() else ""
         raise ConfigError(str(path), [f"no such file{near}"]) from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:  # not readable, not UTF-8, no possible name
         raise ConfigError(str(path), [f"cannot be read: {error}"]) from None
     try:
-        values = json.loads(text, object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
+        values = parsed(text)
     except json.JSONDecodeError as error:
         where = f"line {error.lineno}, column {error.colno}"
-        raise ConfigError(str(path), [f"not valid JSON at {where}: {error.msg}"]) from None
+        raise ConfigError(
+            str(path), [f"not valid JSON at {where}: {error.msg}{_another_language(path, text)}"]
+        ) from None
     except ValueError as error:
         raise ConfigError(str(path), [str(error)]) from None
     if not isinstance(values, dict):
         raise ConfigError(str(path), [f"holds a {type(values).__name__}; a config is one object {{...}}"])
     values.pop("$schema", None)  # for editors only
     return values
+
+
+def parsed(text: str) -> Any:
+    """JSON as a config may hold it. Raises ValueError with a sentence."""
+    try:
+        values = json.loads(
+            text, object_pairs_hook=_no_duplicates, parse_constant=_no_constant, parse_float=_finite, parse_int=_whole
+        )
+        json.dumps(values, ensure_ascii=False).encode()
+    except RecursionError:
+        raise ValueError("lists or objects are nested too deeply for a config") from None
+    except UnicodeEncodeError as error:
+        raise ValueError(f"holds half a character, {error.object[error.start : error.end]!r}") from None
+    return values
+
+
+def _another_language(path: Path, text: str) -> str:
+    if path.suffix.lower() in (".yaml", ".yml", ".toml", ".py") or re.match(r"\s*(---|[A-Za-z_]\w*\s*[:=])", text):
+        return '. Configs are JSON, {"key": value, ...}; YAML, TOML and Python are not read'
+    return ""
+
+
+def _finite(text: str) -> float:
+    if math.isinf(value := float(text)):
+        raise ValueError(f"{text} is too large a number")
+    return value
+
+
+def _whole(text: str) -> int:
+    if len(text) > 40:
+        raise ValueError(f"{text[:20]}... is too large a number")
+    return int(text)
 
 
 def parse_set(assignments: list[str]) -> dict[str, Any]:
@@ -83,10 +128,21 @@ def parse_set(assignments: list[str]) -> dict[str, Any]:
         if not equals or not key.strip():
             raise ConfigError("--set", [f'"{assignment}" is not key=value, for example --set epochs=5'])
         try:
-            values[key.strip()] = json.loads(text, parse_constant=_no_constant)
-        except ValueError:
-            values[key.strip()] = text
+            values[key.strip()] = parsed(text)
+        except json.JSONDecodeError:
+            values[key.strip()] = _whole_text(text)
+        except ValueError as error:
+            raise ConfigError("--set", [f'"{key.strip()}": {error}']) from None
     return values
+
+
+def _whole_text(text: str) -> str:
+    """Raises ConfigError for bytes of the command line that are no UTF-8, and for NUL."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ConfigError("--set", [f"{text!r} is no UTF-8"]) from None
+    return text
 
 
 def build(

@@ -1,6 +1,6 @@
 """Checkpoints that survive a kill, and say when they are damaged or another run's.
 
-Written under a temporary name, flushed, renamed; read without executing code. A checkpoint is torch's own zip file with
+Written in one step (`utils.files.replace_file`); read without executing code. A checkpoint is torch's own zip file with
 a comment at its end: a JSON object of its identity and the SHA-256 of everything before the comment, which torch itself
 does not check.
 """
@@ -10,7 +10,7 @@ import io
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -19,9 +19,10 @@ from typing import IO, Any
 import torch
 
 from utils.errors import UserError
+from utils.files import replace_file
 from utils.version import VERSION
 
-FORMAT = 2
+FORMAT = 3
 _END = 22  # bytes of a zip's end record without a comment; the last two are the comment's length
 _START_ANEW = "Remove it to start this seed anew"
 
@@ -32,7 +33,7 @@ def save(state: dict[str, Any], path: Path, identity: Mapping[str, Any]) -> None
     identity: what it belongs to, readable without loading it (see `identity_of`).
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    write(path, partial(_write_checked, state, {"format": FORMAT, "version": VERSION, **identity}))
+    replace_file(path, partial(_write_checked, state, {"format": FORMAT, "version": VERSION, **identity}))
 
 
 def _write_checked(state: dict[str, Any], identity: Mapping[str, Any], file: IO[bytes]) -> None:
@@ -58,34 +59,35 @@ class _Hashing(io.RawIOBase):
             self._file.flush()
 
 
-def write(path: Path, content: Callable[[IO[bytes]], object]) -> None:
-    """Replace a file by what `content(file)` writes, in one step."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        content(file)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the renaming itself
-    finally:
-        os.close(folder)
-
-
 def keep(path: Path, name: str) -> None:
     """Keep the checkpoint at `path` under another name beside it, which the next `save` leaves alone.
 
     A second link to the same bytes, since `save` puts a new file in the old one's place; a copy where there are none.
     """
-    temporary = path.with_name(name + ".tmp")
-    with suppress(FileNotFoundError):
-        temporary.unlink()
+    temporary = path.with_name(f".{name}.{os.getpid()}.tmp")
     try:
-        os.link(path, temporary)
-    except OSError:
-        shutil.copyfile(path, temporary)
-    temporary.replace(path.with_name(name))
+        with suppress(FileNotFoundError):
+            temporary.unlink()
+        try:
+            os.link(path, temporary)
+        except OSError:
+            shutil.copyfile(path, temporary)
+        temporary.replace(path.with_name(name))
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def refuse_other(path: Path, found: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+    """Raises UserError where a checkpoint is not of the run that reads it. found, own: identities."""
+    for name, value in own.items():
+        if found.get(name) != value:
+            was, now = (str(text)[:16] for text in (found.get(name), value))
+            way = f"Put the {name} back, or choose" if name in ("data", "weights") else "Choose"
+            raise UserError(
+                f"checkpoint '{path}' is of another run: its {name} is {was}, here it is {now}. {way} another folder "
+                "with --output DIR"
+            )
 
 
 def load(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -65,7 +65,9 @@ class RunConfig(BaseModel):
     dil_eval: Literal["seen", "all"] = key(
         "seen", "domain-incremental: evaluate on the domains seen so far, or always on all of them"
     )
-    seed: Whole | tuple[Whole, ...] = key(1993, "seed of all randomness; a list runs one after another")
+    seed: Whole | Annotated[tuple[Whole, ...], Field(min_length=1)] = key(
+        1993, "seed of all randomness; a list runs one after another"
+    )
 
     weights: str | None = key(None, 'file (.npz, .pth, .safetensors) or "random"; default: the weights of the timm tag')
     data_root: str | None = key(None, "where data sets lie; default: $PALIMPSEST_DATA, then ~/.cache/palimpsest/data")
@@ -161,7 +163,8 @@ class RunConfig(BaseModel):
 
     @property
     def seeds(self) -> tuple[int, ...]:
-        return self.seed if isinstance(self.seed, tuple) else (self.seed,)
+        """Each once, in the order given."""
+        return tuple(dict.fromkeys(self.seed)) if isinstance(self.seed, tuple) else (self.seed,)
 
     def with_seed(self, seed: int) -> "RunConfig":
         return self.model_copy(update={"seed": seed})

@@ -28,8 +28,9 @@ class TrainingError(Exception):
     """Training cannot go on, for example because the loss is not a number: exit status 1 with a message."""
 
 
-class Interrupted(Exception):  # noqa: N818 - not an error: the run was asked to stop
-    """A signal asked the run to stop; what was done is saved: exit status 3."""
+class Interrupted(BaseException):  # noqa: N818 - not an error: the run was asked to stop
+    """A signal asked the run to stop; what was done is saved: exit status 3. No Exception, so that no reader that
+    answers whatever goes wrong in it takes a stop for a damaged file."""
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

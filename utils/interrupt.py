@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM: stop at the next safe point, where the state is saved."""
+"""Signals that ask a run to stop: it does at the next safe point, where the state is saved."""
 
 import signal
 from collections.abc import Iterator
@@ -8,20 +8,26 @@ from typing import Any
 
 from utils.errors import Interrupted
 
+# Ctrl-C; what clusters send before they kill, by default or by `--signal=USR1@120`; a terminal that closes.
+STOPPING = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP") if hasattr(signal, name))
+
 
 class StopSignal:
     """While active, a signal raises Interrupted at once, or, inside `deferred`, sets `requested`.
 
-    A second signal ends the program the hard way.
+    A second signal ends the program the hard way. A SIGHUP that is ignored stays so: `nohup` means it.
     """
 
     def __init__(self) -> None:
         self.requested = False
+        self.name = "a signal of another process"  # several processes agree on stopping
         self._deferred = 0
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "StopSignal":
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in STOPPING:
+            if number == getattr(signal, "SIGHUP", None) and signal.getsignal(number) == signal.SIG_IGN:
+                continue
             self._before[number] = signal.signal(number, self._handle)
         return self
 
@@ -32,9 +38,9 @@ class StopSignal:
     def _handle(self, number: int, _: FrameType | None) -> None:
         if self.requested:
             raise KeyboardInterrupt
-        self.requested = True
+        self.requested, self.name = True, signal.Signals(number).name
         if not self._deferred:
-            raise Interrupted(signal.Signals(number).name)
+            raise Interrupted(self.name)
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
@@ -45,4 +51,4 @@ class StopSignal:
         finally:
             self._deferred -= 1
         if self.requested and not self._deferred:
-            raise Interrupted("a signal")
+            raise Interrupted(self.name)

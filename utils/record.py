@@ -17,7 +17,7 @@ class Record:
     finished. scores: names of what is scored. correct (S, 3, T, T): [s, k, t, i], right predictions after task t on
     task i, by kind; NaN where nothing was evaluated. by_class (S, C): after the last task done. probed (T, T): of the
     probe. stored_bytes, trainable: after, and in, each task. images_tested: read by evaluations so far. total: seconds.
-    epoch_lines: of epochs.jsonl.
+    epoch_lines: the text of epochs.jsonl, which is repaired from it.
 
     A new number is one more field: state_dict and load_state_dict go over all of them.
     """
@@ -38,7 +38,7 @@ class Record:
     peak_memory: float = 0.0
     seconds: dict[str, float] = field(default_factory=dict)
     total: float = 0.0
-    epoch_lines: int = 0
+    epoch_lines: list[str] = field(default_factory=list)
 
     @classmethod
     def empty(cls, tasks: int, classes: int) -> "Record":

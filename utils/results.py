@@ -5,7 +5,8 @@ Files hold full precision; rounding happens when printing.
 
 import json
 import logging
-import os
+import math
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from utils.errors import UserError
+from utils.files import put_aside, replace_file
 
 METRICS = (
     "last_acc", "avg_acc", "last_acc_task_il", "avg_acc_task_il", "forgetting", "bwt", "last_probe", "avg_probe",
@@ -21,9 +23,7 @@ METRICS = (
 
 def write_text(path: Path, text: str) -> None:
     """Replace a file in one step, so that a kill leaves the old one or the new one."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    replace_file(path, lambda file: file.write(text.encode()))
 
 
 def write_json(path: Path, values: Any) -> None:
@@ -34,9 +34,8 @@ def make_folder(folder: Path) -> None:
     """Create a folder, or say why it cannot be written."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".write-test"
-        probe.touch()
-        probe.unlink()
+        with tempfile.TemporaryFile(dir=folder):
+            pass
     except OSError as error:
         raise UserError(
             f"cannot write to '{folder}' ({error.strerror}). Choose another folder with --output DIR"
@@ -44,18 +43,27 @@ def make_folder(folder: Path) -> None:
 
 
 class EpochLog:
-    """epochs.jsonl: one object per line. Lines written after the checkpoint that a run resumes from are dropped."""
+    """epochs.jsonl: one object per line. lines: those that the checkpoint knows, from which a run goes on; what was
+    written behind them is dropped, and what was cut or damaged is written again."""
 
-    def __init__(self, path: Path, keep: int):
-        self.path, self.lines = path, keep
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
-        if len(lines) > keep:
-            write_text(path, "".join(lines[:keep]))
+    def __init__(self, path: Path, lines: Sequence[str]):
+        self.path, self.lines = path, list(lines)
+        known = "".join(f"{line}\n" for line in lines).encode()
+        found = path.read_bytes() if path.is_file() else b""
+        if found == known:
+            return
+        if not known.startswith(found) and not found.startswith(known):
+            put_aside(path, "its lines are not those of the checkpoint")
+        if known or found:
+            replace_file(path, lambda file: file.write(known))
 
     def append(self, values: Mapping[str, Any]) -> None:
+        """JSON knows no NaN: what is not finite is null."""
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+        line = json.dumps(finite, allow_nan=False)
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(values) + "\n")
-        self.lines += 1
+            file.write(line + "\n")
+        self.lines.append(line)
 
 
 class run_log:  # noqa: N801 - used as a context manager, like contextlib.suppress

@@ -51,7 +51,7 @@ class Runtime:
         compile: bool = False,
         deterministic: bool = False,
     ):
-        self.rank, self.world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+        self.rank, self.world = _processes()
         self.device = _find_device(device)
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
@@ -241,6 +241,32 @@ def available_memory() -> int | None:
         limit, used = ((group / name).read_text() for name in ("memory.max", "memory.current"))
         found.append(int(limit) - int(used))
     return min(found, default=None)
+
+
+def _processes() -> tuple[int, int]:
+    """(rank, number of processes) as torchrun says it. Raises UserError for what no launcher sets."""
+    found: dict[str, int] = {}
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        text = os.environ.get(name)
+        if text is None:
+            continue
+        if not text.strip().isdecimal():
+            raise UserError(f'the environment variable {name} is "{text[:50]}", no whole number. {_UNSET}')
+        found[name] = int(text)
+    world, rank = found.get("WORLD_SIZE", 1), found.get("RANK", 0)
+    if ("RANK" in found) != ("WORLD_SIZE" in found):
+        raise UserError(f"of the environment variables RANK and WORLD_SIZE one is set alone. {_UNSET}")
+    if not 0 <= rank < world or found.get("LOCAL_WORLD_SIZE", 1) < 1:
+        raise UserError(
+            f"RANK is {rank} and WORLD_SIZE {world}, LOCAL_WORLD_SIZE at least 1: ranks count from 0. {_UNSET}"
+        )
+    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if world > 1 and name not in os.environ]
+    if missing:
+        raise UserError(f"WORLD_SIZE is {world}, but {' and '.join(missing)} not set. {_UNSET}")
+    return rank, world
+
+
+_UNSET = "torchrun sets them all; unset them for a single process"
 
 
 def _find_device(name: str) -> torch.device:

@@ -19,8 +19,15 @@ _MASK = (1 << 64) - 1
 def seed_everything(seed: int) -> None:
     """Seed python, numpy and torch (all devices)."""
     random.seed(seed)
-    np.random.seed(seed % (1 << 32))
-    torch.manual_seed(seed)
+    np.random.seed(folded(seed, 32))
+    torch.manual_seed(folded(seed, 63))
+
+
+def folded(seed: int, bits: int) -> int:
+    """The seed where it has at most so many bits; one mixed from all of its digits where it has more."""
+    if not seed >> bits:
+        return seed
+    return mix(*(seed >> shift for shift in range(0, seed.bit_length(), 64))) % (1 << bits)
 
 
 def mix(*numbers: int) -> int:

@@ -26,6 +26,7 @@ from models.parts.prototypes import cosines
 from models.ranpac.ridge import RandomRidge, choose_ridge, ridge_losses
 from utils.config import Rate, Whole
 from utils.keys import key
+from utils.seed import folded
 
 Exponent = Annotated[int, Field(ge=-12, le=12)]
 REGRESSION = ("linear", "cosine")
@@ -71,7 +72,7 @@ class RanPAC(FirstSession):
     def build(self, make_backbone: BackboneMaker) -> None:
         super().build(make_backbone)
         self.ridge = RandomRidge(self.network.feature_dim)
-        self.generator = torch.Generator().manual_seed(self.config.seeds[0])
+        self.generator = torch.Generator().manual_seed(folded(self.config.seeds[0], 63))
 
     def _measure(self, task: Task) -> None:
         """The same in every process: each has the features of all of the task's images."""

@@ -60,13 +60,26 @@ def test_a_damaged_checkpoint_is_a_sentence(tmp_path):
 
 
 def test_epoch_lines_after_the_checkpoint_are_dropped(tmp_path):
-    log = EpochLog(tmp_path / "e.jsonl", keep=0)
+    log = EpochLog(tmp_path / "e.jsonl", [])
     for epoch in range(5):
         log.append({"epoch": epoch})
-    resumed = EpochLog(tmp_path / "e.jsonl", keep=3)
+    resumed = EpochLog(tmp_path / "e.jsonl", log.lines[:3])
     resumed.append({"epoch": 3})
     lines = (tmp_path / "e.jsonl").read_text().splitlines()
-    assert [json.loads(line)["epoch"] for line in lines] == [0, 1, 2, 3] and resumed.lines == 4
+    assert [json.loads(line)["epoch"] for line in lines] == [0, 1, 2, 3] and len(resumed.lines) == 4
+
+
+def test_epoch_lines_that_were_cut_are_written_again_and_damaged_ones_put_aside(tmp_path, caplog):
+    path, lines = tmp_path / "e.jsonl", ['{"epoch": 0}', '{"epoch": 1}']
+    for text, aside in (('{"epoch": 0}\n{"epo', False), ("", False), ('{"epoch": 7}\n', True)):
+        path.write_text(text)
+        EpochLog(path, lines)
+        assert path.read_text().splitlines() == lines and (tmp_path / "e.jsonl.damaged").exists() == aside
+
+
+def test_what_is_not_finite_is_null_in_json(tmp_path):
+    EpochLog(tmp_path / "e.jsonl", []).append({"loss": float("nan"), "lr": float("inf"), "epoch": 1})
+    assert (tmp_path / "e.jsonl").read_text() == '{"loss": null, "lr": null, "epoch": 1}\n'
 
 
 def test_seed_statistics_by_hand():

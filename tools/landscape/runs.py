@@ -33,10 +33,11 @@ from tools.landscape.surfaces import Landscape
 from utils import checkpoint
 from utils.config import RunConfig
 from utils.errors import ConfigError, UserError
+from utils.files import replace_file
 from utils.folders import finished_result, seeds_below
 from utils.results import make_folder, write_json
 from utils.runtime import Runtime
-from utils.seed import mix
+from utils.seed import folded, mix
 
 log = logging.getLogger(__name__)
 
@@ -165,7 +166,7 @@ class SeedLandscape:
             started = time.perf_counter()
             arrays, numbers = self._measure(number)
             numbers["seconds"] = time.perf_counter() - started
-            checkpoint.write(target / f"task{number}.npz", partial(_save_arrays, arrays))
+            replace_file(target / f"task{number}.npz", partial(_save_arrays, arrays))
             plot_landscape(arrays, numbers, target / f"task{number}.png")
             write_json(target / f"task{number}.json", numbers)  # last: it says that the others are there
             log.info("%s", "\n".join(describe(numbers)))
@@ -236,7 +237,7 @@ class SeedLandscape:
 
         def part(images: Tensor, targets: Tensor) -> Tensor:
             with torch.random.fork_rng():
-                torch.manual_seed(self.run.config.seeds[0])
+                torch.manual_seed(folded(self.run.config.seeds[0], 63))
                 return loss(images, targets) * (len(targets) / count)
 
         small = [
