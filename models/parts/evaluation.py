@@ -16,7 +16,9 @@ from torch import Tensor
 
 from data.loading import View, pass_over
 from data.stream import Task, TaskData
+from models.parts.finite import advice
 from models.parts.frozen_store import FrozenStore
+from utils.errors import TrainingError
 from utils.runtime import Runtime
 
 if TYPE_CHECKING:  # a part imports no learner; `evaluate` receives one
@@ -63,7 +65,10 @@ def evaluate(
         for scores, targets, positions in scored(learner, data, store, batch_size):
             counts.add(scores, targets, torch.from_numpy(owner[positions]).to(runtime.device, non_blocking=True))
         counts.agree(runtime.gather(counts.names))
-        correct, by_class = counts.totals(runtime)
+        correct, by_class, lost = counts.totals(runtime)
+    if lost:
+        where = f"behind task {learner.task.index + 1} of seed {learner.config.seeds[0]}"
+        raise TrainingError(f"the scores of {lost:.0f} test images are no numbers {where}: {advice(learner)}")
     column = {id(task.test): index for index, task in enumerate(tested)}
     chosen = np.ascontiguousarray(correct[..., [column[id(task.test)] for task in tasks]])
     return Evaluation(counts.names, chosen, by_class, counts.images)
@@ -137,6 +142,7 @@ class _Counts:
         self.names: tuple[str, ...] = ()
         self.correct = torch.zeros(0, dtype=torch.float64, device=device)
         self.by_class = torch.zeros(0, dtype=torch.float64, device=device)
+        self.lost = torch.zeros((), dtype=torch.float64, device=device)  # images whose scores are NaN
         self.images = 0
         self._shape = len(tasks), num_classes
         foreign = torch.ones(self._shape, dtype=torch.bool)
@@ -156,18 +162,19 @@ class _Counts:
             )
             self.correct[row].index_add_(1, owner, right)
             self.by_class[row].index_add_(0, targets, right[0])
+            self.lost += values.isnan().any(dim=1).sum()
 
     def agree(self, names: Sequence[tuple[str, ...]]) -> None:
         """names: those of every process, one of which may have had no image."""
         if not self.names:
             self._name(next(found for found in names if found))
 
-    def totals(self, runtime: Runtime) -> tuple[np.ndarray, np.ndarray]:
-        """(correct, by_class) over all processes; the host waits once."""
-        both = torch.cat([self.correct.flatten(), self.by_class.flatten()])
-        host = runtime.reduce_sum(both).cpu()
-        correct, by_class = host.split([self.correct.numel(), self.by_class.numel()])
-        return correct.view(self.correct.shape).numpy(), by_class.view(self.by_class.shape).numpy()
+    def totals(self, runtime: Runtime) -> tuple[np.ndarray, np.ndarray, float]:
+        """(correct, by_class, images whose scores are NaN) over all processes; the host waits once."""
+        together = torch.cat([self.correct.flatten(), self.by_class.flatten(), self.lost[None]])
+        host = runtime.reduce_sum(together).cpu()
+        correct, by_class, lost = host.split([self.correct.numel(), self.by_class.numel(), 1])
+        return correct.view(self.correct.shape).numpy(), by_class.view(self.by_class.shape).numpy(), float(lost)
 
     def _name(self, names: tuple[str, ...]) -> None:
         tasks, classes = self._shape

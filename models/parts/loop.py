@@ -1,5 +1,6 @@
 """Learning one task, and the only loop that trains on images."""
 
+import logging
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -11,10 +12,12 @@ from torch import Tensor, nn
 
 from data.loading import EpochLoader
 from data.stream import Task
+from models.parts.finite import LARGE, advice, refuse_loss, refuse_not_finite
 from models.parts.stages import Progress
 from models.parts.state import clear_transient
-from utils.errors import TrainingError
 from utils.seed import mix
+
+log = logging.getLogger(__name__)
 
 if TYPE_CHECKING:  # a part imports no learner; `learn` receives one
     from models.base import Learner
@@ -90,7 +93,7 @@ def learn(learner: "Learner", task: Task, observer: Observer | None = None, posi
     wherever an interrupted run goes on.
 
     position: where an interrupted task goes on; the result is then the same as without the interruption.
-    Raises TrainingError when the loss of an epoch is not a number.
+    Raises TrainingError when a loss, a weight or a statistic is not finite.
     """
     observer, position = observer or Observer(), position or Position()
     if position.phase == "start":
@@ -107,10 +110,12 @@ def learn(learner: "Learner", task: Task, observer: Observer | None = None, posi
             observer.stage_done(number)
         learner.eval()
         learner.after_stage(task)
+        refuse_not_finite(learner, f"stage {learner.stage.name}")
         number, resume, trained = number + 1, None, False
     learner.stage = None
     learner.eval()
     learner.after_task(task)
+    refuse_not_finite(learner, "what follows training")
     clear_transient(learner)
 
 
@@ -153,6 +158,7 @@ def fit(
         learner.after_backward()
         return loss.detach() * weight
 
+    warned = False
     while state.epoch < stage.epochs:
         learner.train()
         observer.epoch_started(len(loader), state.step)
@@ -168,10 +174,11 @@ def fit(
             observer.step_done(state)
         numbers = {"loss": float(runtime.reduce_sum(state.loss_sum)) / state.seen / runtime.world}
         if not np.isfinite(numbers["loss"]):
-            raise TrainingError(
-                f"the loss became {numbers['loss']} in task {task.index + 1}, epoch {state.epoch + 1}: "
-                f"lower lrate ({stage.lrate:g}), or use precision fp32"
-            )
+            refuse_loss(learner, numbers["loss"], state.epoch + 1)
+        if numbers["loss"] > LARGE and not warned:
+            warned = True
+            log.warning("the loss is %.1e in epoch %d: training diverges; %s", numbers["loss"], state.epoch + 1,
+                        advice(learner))  # fmt: skip
         state.seconds = time.perf_counter() - started
         runtime.stopwatch.add("train", state.seconds)
         numbers["lr"] = optimizer.param_groups[-1]["lr"]

@@ -100,7 +100,7 @@ def test_loader_processes_change_nothing(tmp_path):
 def test_a_broken_loss_is_reported(tmp_path):
     task, learner = first_task(tmp_path)
     learner.loss = lambda net, images, targets: net(images).sum() * float("nan")
-    with pytest.raises(TrainingError, match="task 1, epoch 1: lower lrate"):
+    with pytest.raises(TrainingError, match="task 1 of seed 1993, epoch 1: lower lrate"):
         fit(learner, task)
 
 
