@@ -20,6 +20,7 @@ from models.parts.evaluation import evaluate
 from models.parts.frozen_store import FrozenStore
 from models.parts.loop import FitState, Observer, Position, learn
 from models.parts.probe import probe
+from models.parts.remarks import remarks
 from models.parts.state import learner_state, restore
 from utils import checkpoint
 from utils.config import RunConfig
@@ -145,6 +146,8 @@ class SeedRun(Observer):
     def run(self) -> None:
         log.info("%s on %s, seed %s: %d tasks", self.config.model_name, self.config.dataset, self.config.seed,
                  len(self.manager))  # fmt: skip
+        for remark in remarks(self.config, self.manager):
+            log.warning("%s", remark)
         log.info("%s; %s", self.runtime.device, self.learner.network.backbone.info.report)
         for index in range(self.record.done, len(self.manager)):
             self._learn(self.manager[index])

@@ -133,31 +133,37 @@ def training_batches(
     world: int = 1,
     start: int = 0,
     drop_last: bool = False,
+    joined: bool = False,
 ) -> list[Batch]:
     """This process's share of each batch of an epoch, from batch `start` on.
 
     The order depends on (seed, epoch) alone. Each global batch is cut into `world` parts, so that any number of
     processes sees the same batches; a part that would be empty repeats the batch's first image, with weight 0
-    (see `loss_weight`).
+    (see `loss_weight`). joined: a last batch of one image joins the one before it.
     """
     order = np.random.RandomState(mix(seed, epoch) % (1 << 32)).permutation(count)
     batches = []
-    for step in range(start, num_batches(count, batch_size, drop_last)):
-        rows = order[step * batch_size : (step + 1) * batch_size]
+    for step in range(start, num_batches(count, batch_size, drop_last, joined)):
+        rows = order[step * batch_size : _batch_end(step, count, batch_size, joined)]
         part = np.array_split(rows, world)[rank]
         batches.append(Batch(part if len(part) else rows[:1], mix(seed, epoch)))
     return batches
 
 
-def num_batches(count: int, batch_size: int, drop_last: bool = False) -> int:
+def num_batches(count: int, batch_size: int, drop_last: bool = False, joined: bool = False) -> int:
     """Of an epoch over `count` images. drop_last: without a smaller last one, unless it is the only one."""
     whole, rest = divmod(count, batch_size)
-    return whole + (rest > 0 and not (drop_last and whole > 0))
+    return whole + (rest > 0 and not (whole > 0 and (drop_last or (joined and rest == 1))))
 
 
-def loss_weight(count: int, batch_size: int, step: int, rank: int, world: int) -> float:
-    """Factor that makes the mean over processes of local mean losses the mean over the global batch."""
-    size = min(batch_size, count - step * batch_size)
+def _batch_end(step: int, count: int, batch_size: int, joined: bool) -> int:
+    """Where a batch ends in the order of an epoch."""
+    end = min(count, (step + 1) * batch_size)
+    return count if joined and count - end == 1 else end
+
+
+def loss_weight(size: int, rank: int, world: int) -> float:
+    """Factor that makes the mean over processes of local mean losses the mean over a global batch of `size` images."""
     local = len(np.array_split(np.empty(size), world)[rank])
     return local * world / size
 
@@ -165,24 +171,30 @@ def loss_weight(count: int, batch_size: int, step: int, rank: int, world: int) -
 class EpochLoader:
     """Batches of an epoch, on the device, from any batch on; loader processes live as long as the loader."""
 
-    def __init__(self, view: View, batch_size: int, runtime: Runtime, seed: int, drop_last: bool = False):
+    def __init__(
+        self, view: View, batch_size: int, runtime: Runtime, seed: int, drop_last: bool = False, joined: bool = False
+    ):
+        """joined: a last batch of one image, of which BatchNorm takes no variance, joins the one before it; unless
+        drop_last leaves it out."""
         self.view, self.batch_size, self.runtime, self.seed = view, batch_size, runtime, seed
-        self.drop_last = drop_last
+        self.drop_last, self.joined = drop_last, joined and not drop_last
         self._batches: list[Batch] = []
         self._loader = _loader(view, self._batches, runtime, batch_size)
 
     def __len__(self) -> int:
-        return num_batches(len(self.view), self.batch_size, self.drop_last)
+        return num_batches(len(self.view), self.batch_size, self.drop_last, self.joined)
 
     def epoch(self, epoch: int, start: int) -> Iterator[tuple[Tensor, Tensor, float, int]]:
         """(images in [0, 1], labels, loss weight of this process's share, size of the global batch)."""
         count, size, rank, world = len(self.view), self.batch_size, self.runtime.rank, self.runtime.world
-        self._batches[:] = training_batches(count, size, self.seed, epoch, rank, world, start, self.drop_last)
+        drop, joined = self.drop_last, self.joined
+        self._batches[:] = training_batches(count, size, self.seed, epoch, rank, world, start, drop, joined)
         stopwatch, waited = self.runtime.stopwatch, time.perf_counter()
         for step, batch in enumerate(_iterate(self._loader), start):
             images, targets = self.runtime.to_device(*_received(batch))
             stopwatch.add("data", time.perf_counter() - waited)
-            yield images, targets, loss_weight(count, size, step, rank, world), min(size, count - step * size)
+            whole = _batch_end(step, count, size, joined) - step * size
+            yield images, targets, loss_weight(whole, rank, world), whole
             waited = time.perf_counter()
 
 

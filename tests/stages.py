@@ -54,7 +54,7 @@ def stored_task(index: int, sizes, train, test=None) -> Task:
 def in_stored_order(monkeypatch) -> None:
     """Every epoch goes over the images in their order."""
 
-    def batches(count, batch_size, seed, epoch, rank=0, world=1, start=0, drop_last=False):
+    def batches(count, batch_size, seed, epoch, rank=0, world=1, start=0, drop_last=False, joined=False):
         first = range(start * batch_size, count, batch_size)
         return [Batch(np.arange(begin, min(begin + batch_size, count))) for begin in first]
 

@@ -16,8 +16,10 @@ from models.base import Learner
 from models.factory import load_config
 from models.parts.costs import expected_bytes, stored_bytes
 from models.parts.loop import begin
+from models.parts.remarks import remarks
 from models.parts.stages import Stage
 from utils.config import RunConfig
+from utils.errors import ConfigError
 from utils.runtime import Runtime
 
 COMMAND = "plan"
@@ -41,7 +43,40 @@ def plan(config: RunConfig) -> str:
     manager, learner = trainer.prepare(first, Runtime.of(config))
     task = replace(manager[0], train=manager[0].train.first(8))
     begin(learner, task)
-    return "\n".join(_lines(config, manager, learner, task))
+    lines = _lines(config, manager, learner, task)
+    _try_networks(first, manager)
+    return "\n".join(lines)
+
+
+def _try_networks(config: RunConfig, manager: DataManager) -> None:
+    """One batch of two images through each network that the run will make, in training and in evaluation. Raises
+    UserError naming the network that refuses it."""
+    runtime = Runtime.of(config)
+    count = max(1, len(getattr(config, "networks", None) or ()))
+    for index, task in enumerate(manager[:count]):
+        learner = trainer.seeded_learner(config, runtime, manager[index])
+        task = replace(task, train=task.train.first(2), test=task.test.first(2))
+        try:
+            if index == 0:
+                begin(learner, task)
+                if learner.stage is not None:
+                    learner.make_optimizer()
+            else:
+                learner.network.head.grow(task.num_classes)
+            images, _ = task.train.view("train").__getitems__(Batch(torch.arange(len(task.train)).numpy()))
+            pixels, _ = runtime.to_device(images[:, :3], torch.zeros(len(images), dtype=torch.int64))
+            for training in (True, False):
+                learner.train(training)
+                with torch.no_grad(), runtime.autocast():
+                    learner.features(pixels)
+        except (RuntimeError, ValueError, AssertionError) as error:
+            raise ConfigError(
+                "backbone",
+                [
+                    f"{learner.network.backbone.info.name} refuses images of {manager.image_size} px "
+                    f"({type(error).__name__}: {str(error).splitlines()[0]}): choose another image_size"
+                ],
+            ) from None
 
 
 def _lines(config: RunConfig, manager: DataManager, learner: Learner, task: Task) -> list[str]:
@@ -57,6 +92,7 @@ def _lines(config: RunConfig, manager: DataManager, learner: Learner, task: Task
         f"images, {data.num_classes} classes, sha256 {data.digest[:12]}",
         f"tasks        {_tasks(manager)}",
         *known,
+        *(f"note         {remark}" for remark in remarks(config, manager)),
         f"images       {manager.image_size} px, {recipes}, normalize {config.normalize}",
         f"backbone     {info.name}, {info.feature_dim} features; {info.report}",
         f"class order  {order}",

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from utils.config import RunConfig
 from utils.errors import UserError
@@ -131,6 +132,11 @@ class Runtime:
         Wrapped anew for each task, since networks grow and freeze.
         """
         if self.world > 1 and any(p.requires_grad for p in network.parameters()):
+            if any(isinstance(layer, _BatchNorm) for layer in network.modules()):
+                raise UserError(
+                    f"BatchNorm would see each batch in {self.world} parts, and train another network than in one "
+                    "process: run it in one process"
+                )
             ids = [self.device] if self.device.type == "cuda" else None
             network = nn.parallel.DistributedDataParallel(network, device_ids=ids, find_unused_parameters=True)
         return torch.compile(network) if self._compile else network  # type: ignore[return-value]

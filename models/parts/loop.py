@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from convs.norms import batch_norms, frozen_statistics
 from data.loading import EpochLoader
 from data.stream import Task
 from models.parts.finite import LARGE, advice, refuse_loss, refuse_not_finite
@@ -148,12 +149,16 @@ def fit(
     if resume is not None:
         state.load_state_dict(resume)
     seed = mix(learner.config.seeds[0], *_shuffle(task.index, number))
-    loader = EpochLoader(view, learner.config.batch_size, runtime, seed, stage.drop_last)
+    norms = batch_norms(module)
+    loader = EpochLoader(view, learner.config.batch_size, runtime, seed, stage.drop_last, joined=bool(norms))
+    passes = 0  # over the batch at work: SAM makes a second one, at weights that are not kept
 
     def loss_and_grad(inputs: Any, targets: Any, weight: float) -> Tensor:
+        nonlocal passes
         optimizer.zero_grad(set_to_none=True)
-        with runtime.autocast():
+        with runtime.autocast(), frozen_statistics(norms if passes else ()):
             loss = learner.loss(net, inputs, targets)
+        passes += 1
         (loss if weight == 1 else loss * weight).backward()
         learner.after_backward()
         return loss.detach() * weight
@@ -166,6 +171,7 @@ def fit(
         for images, targets, weight, size in loader.epoch(state.epoch, state.step):
             learner.progress = Progress(number, state.epoch, state.step)
             inputs, labels = learner.prepare(images, targets)
+            passes = 0
             loss = optimizer.step(partial(loss_and_grad, inputs, labels, weight))  # type: ignore[arg-type]
             learner.after_step(images, targets)
             state.loss_sum += loss * size

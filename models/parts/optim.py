@@ -20,6 +20,7 @@ from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, LRScheduler,
 from convs.network import Network
 from models.parts.stages import Stage
 from utils.config import Sam
+from utils.errors import ConfigError
 
 
 def build_optimizer(stage: Stage, groups: Iterable[dict[str, Any]], fused: bool, sam: Sam | None = None) -> Optimizer:
@@ -40,6 +41,10 @@ def build_scheduler(stage: Stage, optimizer: Optimizer) -> LRScheduler:
     if stage.scheduler == "multistep":
         return MultiStepLR(optimizer, list(stage.milestones), gamma=stage.lrate_decay)
     if stage.scheduler == "cosine":
+        rates = [float(entry["lr"]) for entry in optimizer.param_groups]
+        if rates and min(rates) < stage.min_lr:
+            sentence = f"is {stage.min_lr:g}, above the rate of a group of weights ({min(rates):g}), which would rise"
+            raise ConfigError("min_lr", [f"{sentence}: lower min_lr, or raise the rate"])
         return CosineAnnealingLR(optimizer, T_max=stage.epochs, eta_min=stage.min_lr)
     return ConstantLR(optimizer, factor=1.0)
 

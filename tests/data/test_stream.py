@@ -104,11 +104,21 @@ def test_processes_share_the_batches_of_one_process(world):
     shares = [training_batches(count, size, seed=1, epoch=0, rank=r, world=world) for r in range(world)]
     values = np.random.RandomState(0).randn(count)
     for step, batch in enumerate(training_batches(count, size, seed=1, epoch=0)):
-        weights = [loss_weight(count, size, step, r, world) for r in range(world)]
+        weights = [loss_weight(len(batch.rows), r, world) for r in range(world)]
         local = [weights[r] * values[shares[r][step].rows].mean() for r in range(world)]
         assert np.mean(local) == pytest.approx(values[batch.rows].mean())
         counted = [row for r in range(world) if weights[r] > 0 for row in shares[r][step].rows]
         assert counted == batch.rows.tolist()
+
+
+@pytest.mark.parametrize(("count", "size", "sizes"), [(9, 4, [4, 5]), (8, 4, [4, 4]), (1, 4, [1]), (10, 4, [4, 4, 2])])
+def test_a_last_batch_of_one_joins_the_one_before_it(count, size, sizes):
+    batches = training_batches(count, size, seed=1, epoch=0, joined=True)
+    assert [len(batch.rows) for batch in batches] == sizes
+    rows = np.concatenate([batch.rows for batch in batches])
+    assert rows.tolist() == np.concatenate([b.rows for b in training_batches(count, size, seed=1, epoch=0)]).tolist()
+    rest = training_batches(count, size, seed=1, epoch=0, joined=True, start=len(sizes) - 1)
+    assert rest[0].rows.tolist() == batches[-1].rows.tolist()
 
 
 def test_augmentation_depends_on_seed_and_image_alone(tmp_path):

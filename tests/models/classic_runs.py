@@ -158,7 +158,7 @@ class WholeRun:
         )
         return view
 
-    def batches(self, count, batch_size, seed, epoch, rank=0, world=1, start=0, drop_last=False):
+    def batches(self, count, batch_size, seed, epoch, rank=0, world=1, start=0, drop_last=False, joined=False):
         """`training_batches` of the reference."""
         given = self.arrays[self.prefix + "batches"]
         per_epoch = -(-count // batch_size)

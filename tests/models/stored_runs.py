@@ -56,10 +56,14 @@ def in_order(
     world: int = 1,
     start: int = 0,
     drop_last: bool = False,
+    joined: bool = False,
 ) -> list[Batch]:
     """`training_batches` without the shuffling."""
-    steps = range(start, num_batches(count, batch_size, drop_last))
-    return [Batch(np.arange(step * batch_size, min((step + 1) * batch_size, count))) for step in steps]
+    steps = range(start, num_batches(count, batch_size, drop_last, joined))
+    ends = [*((step + 1) * batch_size for step in steps[:-1]), count]
+    if drop_last and steps:
+        ends[-1] = min(count, (steps[-1] + 1) * batch_size)
+    return [Batch(np.arange(step * batch_size, end)) for step, end in zip(steps, ends, strict=False)]
 
 
 class StoredRun:

@@ -1,0 +1,25 @@
+"""What a config asks for in vain."""
+
+from data.stream import DataManager
+from utils.config import RunConfig, TrainConfig
+
+
+def remarks(config: RunConfig, manager: DataManager) -> list[str]:
+    """What a config says and the run does not do, or does in vain: allowed, and said once."""
+    found = []
+    if isinstance(config.seed, tuple) and len(config.seed) > len(config.seeds):
+        found.append(f"seed: a seed that stands twice runs once ({', '.join(map(str, config.seeds))})")
+    if isinstance(config, TrainConfig) and config.scheduler == "multistep":
+        late: dict[int, list[int]] = {}
+        for index in range(min(2, len(manager))):
+            epochs, steps = config.of_task("epochs", index), config.of_task("milestones", index)
+            late.setdefault(epochs, []).extend(step for step in steps if step >= epochs)
+        for epochs, steps in late.items():
+            shown = ", ".join(map(str, dict.fromkeys(steps)))
+            if steps:
+                found.append(f"milestones: {shown} lie beyond the {epochs} epochs of a task: no effect")
+    alone = [str(task.index + 1) for task in manager if len(task.classes) == 1]
+    if isinstance(config, TrainConfig) and alone and not manager.domain_incremental:
+        shown = ", ".join(alone[:5]) + (", ..." if len(alone) > 5 else "")
+        found.append(f"task {shown}: one class, on which a loss over the new classes alone trains nothing")
+    return found
