@@ -20,7 +20,7 @@ from models.parts.evaluation import evaluate
 from models.parts.frozen_store import FrozenStore
 from models.parts.loop import FitState, Observer, Position, learn
 from models.parts.probe import probe
-from models.parts.remarks import remarks
+from models.parts.remarks import refuse_too_few, remarks
 from models.parts.state import learner_state, restore
 from utils import checkpoint
 from utils.config import RunConfig
@@ -74,7 +74,7 @@ def prepare(config: RunConfig, runtime: Runtime) -> tuple[DataManager, Learner]:
 
 
 def refuse_stream(learner: Learner, manager: DataManager) -> None:
-    """Raises ConfigError where the method is not defined for the stream."""
+    """Raises ConfigError where the method is not defined for the stream, or has too few images in it."""
     kind = "domain" if manager.domain_incremental else "class"
     if kind not in learner.streams:
         takes = " and ".join(f"{name}-incremental" for name in sorted(learner.streams))
@@ -82,6 +82,7 @@ def refuse_stream(learner: Learner, manager: DataManager) -> None:
             "dataset",
             [f"{manager.data.name} is a {kind}-incremental stream; {learner.config.model_name} takes {takes} ones"],
         )
+    refuse_too_few(learner.config, manager, learner.network.feature_dim)
 
 
 def check_processes(config: RunConfig, runtime: Runtime) -> None:

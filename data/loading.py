@@ -331,7 +331,20 @@ def _iterate(loader: DataLoader | _OnDevice) -> Iterator[Any]:
     batches = iter(loader)
     _processes.intersection_update(before)
     _processes.update(set(multiprocessing.active_children()) - before)
-    return batches
+    return _told(batches)
+
+
+def _told(batches: Iterator[Any]) -> Iterator[Any]:
+    """Raises UserError where a loader process is gone: torch says so in one of several words."""
+    try:
+        yield from batches
+    except (RuntimeError, EOFError, ConnectionError) as error:
+        if any(process.exitcode not in (None, 0) for process in _processes) or "DataLoader worker" in str(error):
+            raise UserError(
+                "a loader process was killed, often for want of memory (the kernel's log says so): lower num_workers, "
+                "or cache_size, and go on with --resume"
+            ) from None
+        raise
 
 
 def _end_loader_processes() -> None:

@@ -36,6 +36,14 @@ def refuse_loss(learner: "Learner", loss: float, epoch: int) -> None:
     raise TrainingError(f"the loss became {loss} {_place(learner)}, epoch {epoch}: {advice(learner)}")
 
 
+def refuse_singular(learner: "Learner", error: Exception) -> None:
+    """Raises TrainingError for a matrix that cannot be factored."""
+    ridges = [name for name in type(learner.config).model_fields if "ridge" in name or "shrink" in name]
+    ways = [f"raise {name} ({getattr(learner.config, name)})" for name in ridges]
+    way = " or ".join(ways) or advice(learner)
+    raise TrainingError(f"a matrix is singular {_place(learner)} ({str(error).splitlines()[0][:150]}): {way}") from None
+
+
 def advice(learner: "Learner") -> str:
     """What may help where the learner stands: in a stage its rate; behind it the rates of what comes there."""
     config = learner.config

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from convs.norms import batch_norms, frozen_statistics
 from data.loading import EpochLoader
 from data.stream import Task
-from models.parts.finite import LARGE, advice, refuse_loss, refuse_not_finite
+from models.parts.finite import LARGE, advice, refuse_loss, refuse_not_finite, refuse_singular
 from models.parts.stages import Progress
 from models.parts.state import clear_transient
 from utils.seed import mix
@@ -96,7 +96,13 @@ def learn(learner: "Learner", task: Task, observer: Observer | None = None, posi
     position: where an interrupted task goes on; the result is then the same as without the interruption.
     Raises TrainingError when a loss, a weight or a statistic is not finite.
     """
-    observer, position = observer or Observer(), position or Position()
+    try:
+        _learn(learner, task, observer or Observer(), position or Position())
+    except torch.linalg.LinAlgError as error:
+        refuse_singular(learner, error)
+
+
+def _learn(learner: "Learner", task: Task, observer: Observer, position: Position) -> None:
     if position.phase == "start":
         begin(learner, task)
         observer.task_started()

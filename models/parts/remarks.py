@@ -1,7 +1,10 @@
-"""What a config asks for in vain."""
+"""What a config asks for in vain, and what its data cannot give."""
+
+import numpy as np
 
 from data.stream import DataManager
 from utils.config import RunConfig, TrainConfig
+from utils.errors import ConfigError
 
 
 def remarks(config: RunConfig, manager: DataManager) -> list[str]:
@@ -23,3 +26,14 @@ def remarks(config: RunConfig, manager: DataManager) -> list[str]:
         shown = ", ".join(alone[:5]) + (", ..." if len(alone) > 5 else "")
         found.append(f"task {shown}: one class, on which a loss over the new classes alone trains nothing")
     return found
+
+
+def refuse_too_few(config: RunConfig, manager: DataManager, feature_dim: int) -> None:
+    """Raises ConfigError where a covariance of each class has to be factored and the images do not suffice."""
+    full = getattr(config, "cov_storage", "full") == "full" and getattr(config, "ca_epochs", 0)
+    fewest = min(int(np.bincount(task.train.labels)[task.classes.start :].min()) for task in manager)
+    if full and getattr(config, "cov_ridge", None) == 0 and fewest <= feature_dim:
+        raise ConfigError(
+            "cov_ridge",
+            [f"is 0 with {fewest} images of a class and {feature_dim} features: its covariance is singular. Raise it"],
+        )

@@ -11,6 +11,7 @@ import trainer
 from models.factory import config_from
 from tests.conftest import tiny_values
 from utils import runtime
+from utils.errors import UserError
 from utils.interrupt import StopSignal
 from utils.runtime import Runtime, available_cpus, available_memory
 from utils.seed import rng_state, set_rng_state
@@ -132,3 +133,26 @@ def test_several_processes_agree_at_every_twentieth_safe_point(tmp_path, monkeyp
         seed_run.runtime.safe_point()
     assert agreed == ["start"] * 4, "the first, and three more"
     seed_run._held.close()
+
+
+WRONG_LAUNCHERS = {
+    "rank alone": {"RANK": "1"},
+    "size alone": {"WORLD_SIZE": "2"},
+    "no process": {"RANK": "0", "WORLD_SIZE": "0"},
+    "a rank beyond": {"RANK": "2", "WORLD_SIZE": "2", "MASTER_ADDR": "x", "MASTER_PORT": "1"},
+    "a word": {"RANK": "zero", "WORLD_SIZE": "1"},
+    "negative": {"RANK": "-1", "WORLD_SIZE": "1"},
+    "empty": {"RANK": "", "WORLD_SIZE": "1"},
+    "no master": {"RANK": "0", "WORLD_SIZE": "2"},
+    "local": {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "0"},
+}
+
+
+@pytest.mark.parametrize("case", WRONG_LAUNCHERS)
+def test_what_no_launcher_sets_is_a_sentence(case, monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in WRONG_LAUNCHERS[case].items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match="torchrun sets them all"):
+        Runtime("cpu", "fp32")

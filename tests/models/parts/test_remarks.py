@@ -40,3 +40,27 @@ def test_a_floor_above_a_rate_is_refused(keys, status, tmp_path, capsys):
     assert main.main(["--config", str(path), "--output", str(tmp_path / "out")]) == status
     assert ("min_lr" in capsys.readouterr().err) == bool(status)
     assert main.main(["--config", str(path), "--check"]) == status
+
+
+@pytest.mark.parametrize(("name", "status"), [("slca", 2), ("raa", 2), ("mos", 2)])
+def test_a_covariance_of_too_few_images_is_refused_before_the_run(name, status, tmp_path, capsys):
+    path = tmp_path / "run.json"
+    path.write_text(json.dumps(tiny_values(tmp_path, name, ca_epochs=1, cov_ridge=0.0)))
+    for rest in (["--check"], ["--output", str(tmp_path / "out")]):
+        assert main.main(["--config", str(path), *rest]) == status
+        assert "is 0 with 7 images of a class and 16 features" in capsys.readouterr().err
+
+
+def test_a_matrix_that_cannot_be_factored_is_a_sentence(tmp_path, capsys, monkeypatch):
+    import torch
+
+    path = tmp_path / "run.json"
+    path.write_text(json.dumps(tiny_values(tmp_path, "slca", epochs=1, ca_epochs=1)))
+
+    def fail(*arguments):
+        raise torch.linalg.LinAlgError("linalg.cholesky: the input is not positive-definite")
+
+    monkeypatch.setattr("models.slca.SLCA.after_task", fail)
+    assert main.main(["--config", str(path), "--output", str(tmp_path / "out")]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("a matrix is singular in task 1 of seed 1993") and "raise cov_ridge (0.0001)" in said
