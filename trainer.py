@@ -228,6 +228,7 @@ class SeedRun(Observer):
             "weights": {
                 "name": report.name, "sha256": report.sha256, "matched": report.matched,
                 "missing": list(report.missing), "unexpected": list(report.unexpected),
+                "entry": report.entry or None, "others": list(report.others), "done": list(report.done),
             },
         }  # fmt: skip
 

@@ -12,7 +12,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
 
-from utils.keys import key
+from utils.keys import GIVEN, key
 
 Count = Annotated[int, Field(ge=1)]
 Whole = Annotated[int, Field(ge=0)]
@@ -68,6 +68,15 @@ class RunConfig(BaseModel):
     seed: Whole | tuple[Whole, ...] = key(1993, "seed of all randomness; a list runs one after another")
 
     weights: str | None = key(None, 'file (.npz, .pth, .safetensors) or "random"; default: the weights of the timm tag')
+    weights_entry: str | None = key(
+        None,
+        'which network of the weight file: the names that lead to it ("model_ema", "teacher", "momentum_encoder"), or '
+        '"raw", "ema"; default: the one that its authors evaluate, said in the report',
+        only={"weights": GIVEN},
+    )
+    resample_patch: bool = key(
+        False, "resample a patch embedding of another size to the backbone's", only={"weights": GIVEN}
+    )
     data_root: str | None = key(None, "where data sets lie; default: $PALIMPSEST_DATA, then ~/.cache/palimpsest/data")
     split: str = key(
         "folder",
@@ -147,6 +156,10 @@ class RunConfig(BaseModel):
             yield "task_sizes", f"contradicts {_quoted(sizes)}: give either the list or the two numbers"
         if self.init_cls is not None and self.increment is None and self.task_sizes is None:
             yield "init_cls", 'needs "increment", the classes of every later task'
+        if self.weights == "random":
+            for name in ("weights_entry", "resample_patch"):
+                if getattr(self, name):
+                    yield name, 'has no effect where "weights" is "random": drop it, or name a file'
         if self.evaluate_on == "val" and not self.validation:
             yield "evaluate_on", 'needs "validation", the share of the training images to evaluate on'
 
