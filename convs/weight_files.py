@@ -40,7 +40,7 @@ def read_states(path: Path) -> States:
     if path.suffix.lower() == ".onnx":
         raise WeightsError(f"weights '{path}': {ONNX}")
     kind = _kind(path)
-    with told("weights", path, WeightsError, f"expected {KINDS}: fetch the file again"):
+    with told("weights", path, WeightsError, KINDS, "fetch the file again"):
         if kind == "npz":
             return {"": _read_npz(path)}
         if kind == "safetensors":

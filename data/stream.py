@@ -24,7 +24,7 @@ from data.records import ImageData, Split
 from data.splits import cache_root
 from data.transforms import Transform
 from utils.config import RunConfig
-from utils.errors import ConfigError
+from utils.errors import ConfigError, DataError
 
 log = logging.getLogger(__name__)
 
@@ -290,7 +290,7 @@ def _transform_faults(transforms: Mapping[Mode, Transform], data: ImageData) -> 
     first = data.train.images[0]
     try:
         size = stored_size(first) if isinstance(first, Path) else first.shape[1::-1]
-    except (OSError, Image.DecompressionBombError):  # what is wrong with the file is said when it is read
+    except DataError:  # what is wrong with the file is said when it is read
         return
     for mode, transform in transforms.items():
         try:

@@ -23,10 +23,12 @@ _MARKS: tuple[tuple[bytes, str, str], ...] = (
     (b"Rar!", "a RAR archive", "unpack it"),
     (b"\x89HDF", "an HDF5 file", "convert it"),
     (b"\x93NUMPY", "a single NumPy array", "save it as npz, by name"),
-    (b"\x89PNG", "a PNG image", "name another file"),
-    (b"\xff\xd8\xff", "a JPEG image", "name another file"),
     (b"%PDF", "a PDF document", "name another file"),
     (b"GGUF", "a GGUF file", "convert it"),
+)
+_IMAGES = (
+    (b"\x89PNG", "a PNG image", "name another file"),
+    (b"\xff\xd8\xff", "a JPEG image", "name another file"),
 )
 _KINDS = (
     (stat.S_ISDIR, "a folder"),
@@ -43,7 +45,7 @@ def require_file(path: Path, what: str, error: type[UserError]) -> None:
     try:
         info = path.stat()
     except FileNotFoundError:
-        raise error(f"{what} '{path}': no such file{_near(path)}") from None
+        raise error(f"{what}: no such file: {path}{_near(path)}") from None
     except (OSError, ValueError) as fault:  # ValueError: a NUL in the name
         raise error(f"{what} '{path}' cannot be read ({reason(fault)}). Name a file that exists") from None
     if kind := special(info.st_mode):
@@ -61,11 +63,12 @@ def special(mode: int) -> str | None:
     return next((words for test, words in _KINDS if test(mode)), "no file")
 
 
-def likely_cause(path: Path) -> str | None:
-    """ "it is a Git LFS pointer, not the file itself: fetch the file: git lfs pull", where the first bytes tell."""
+def likely_cause(path: Path, images: bool = True) -> str | None:
+    """ "it is a Git LFS pointer, not the file itself: fetch the file: git lfs pull", where the first bytes tell.
+    images: whether an image is the wrong kind of file."""
     begin = first_bytes(path)
     plain = begin.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
-    for mark, kind, remedy in _MARKS:
+    for mark, kind, remedy in (*_MARKS, *(_IMAGES if images else ())):
         if begin.startswith(mark) or plain.startswith(mark.lower()):
             return f"it is {kind}: {remedy}"
     if not begin.strip(b"\x00"):
@@ -79,15 +82,17 @@ def first_bytes(path: Path, count: int = 512) -> bytes:
 
 
 @contextmanager
-def told(what: str, path: Path, error: type[UserError], remedy: str) -> Iterator[None]:
-    """Whatever a reader raises inside becomes one sentence: what cannot be read, why, the likely cause or a remedy."""
+def told(what: str, path: Path, error: type[UserError], kind: str, remedy: str) -> Iterator[None]:
+    """Whatever a reader raises inside becomes one sentence: what cannot be read as which kind, why, the likely cause or
+    a remedy."""
     try:
         yield
     except UserError:
         raise
     except Exception as fault:  # noqa: BLE001 - readers raise many types for damaged files, MemoryError among them
         cause = likely_cause(path)
-        raise error(f"{what} '{path}' cannot be read ({reason(fault)}). {_sentence(cause or remedy)}") from None
+        why = f"cannot be read as {kind} ({reason(fault)})"
+        raise error(f"{what} '{path}' {why}. {_sentence(cause or remedy)}") from None
 
 
 def npz_headers(path: Path) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
