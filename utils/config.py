@@ -120,7 +120,7 @@ class RunConfig(BaseModel):
 
     device: str = key("auto", "auto, cpu, cuda or cuda:1", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
     precision: Literal["auto", "fp32", "tf32", "bf16"] = key(
-        "auto", "auto: bf16 on CUDA cards that compute in it, else fp32; tf32: fp32 with products of 19 bits on CUDA"
+        "auto", "auto: bf16 on CUDA cards that compute in it, else fp32 (with upstream: fp32); tf32: fp32 with products of 19 bits on CUDA"
     )
     deterministic: bool = key(False, "on CUDA: the same digits again after a stop, at a cost (docs/costs.md)")
     num_workers: Whole | None = key(None, "loader processes; default: chosen from machine and data")
@@ -146,8 +146,8 @@ class RunConfig(BaseModel):
     )
 
     def implied(self) -> dict[str, Any]:
-        """Values that others bring along; a key that the user names wins."""
-        return {}
+        """Values that others bring along; a key that the user names wins. The references compute in fp32."""
+        return {"precision": "fp32"} if self.upstream else {}
 
     def faults(self) -> Iterator[tuple[str, str]]:
         """(key, sentence) for keys that contradict one another; `self.names(key)` asks what the user wrote."""

@@ -106,7 +106,7 @@ class HCLConfig(TrainConfig):
             getattr(self, name) if self.names(name) else values.get(name, getattr(self, name))
             for name in ("select", "select_on")
         ]
-        return values | ({"validation": 0.1} if chosen[0] != "last" and chosen[1] == "val" else {})
+        return super().implied() | values | ({"validation": 0.1} if chosen[0] != "last" and chosen[1] == "val" else {})
 
     def faults(self) -> Iterator[tuple[str, str]]:
         yield from super().faults()
