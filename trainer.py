@@ -196,7 +196,9 @@ class SeedRun(Observer):
             by_class //= tested  # all domains share one test set
         seconds, report = dict(self.runtime.stopwatch.seconds), self.learner.network.backbone.info.report
         return {
-            **summarise_scores(record.scores, record.correct[:, :, :done, :tested], counts),
+            **summarise_scores(
+                record.scores, record.correct[:, :, :done, :tested], counts, manager[done - 1].total_classes
+            ),
             **summarise_probe(config.probe, record.probed[:done, :done], counts[:done]),
             **self.learner.report().numbers,
             "finished": done == len(manager),
@@ -224,6 +226,7 @@ class SeedRun(Observer):
             "data": {
                 "name": data.name, "split": data.variant, "hash": data.digest,
                 "train": len(data.train), "test": len(data.test),
+                "unreadable": {"count": len(manager.unreadable), "files": manager.unreadable},
             },
             "weights": {
                 "name": report.name, "sha256": report.sha256, "matched": report.matched,

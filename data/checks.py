@@ -37,6 +37,11 @@ class Findings:
         self.name, self.strict = name, strict
         self.all: list[Finding] = []
 
+    @property
+    def again(self) -> str:
+        """What to do where something is missing: a folder of one's own has no archive."""
+        return "Complete the folder" if ":" in self.name else "Unpack the archive again"
+
     def error(self, code: str, text: str) -> None:
         self._add(code, "error", text)
 
@@ -93,7 +98,7 @@ def check_class_folders(
             text = f"expected {row.classes} class folders in {names[half]}/, found {len(classes)}"
             text += f"; missing: {some(missing)}" if missing else ""
             text += f"; extra: {some(extra)}" if extra else ""
-            findings.error("D05", f"{text}. {row.again}, or remove what does not belong there")
+            findings.error("D05", f"{text}. {findings.again}, or remove what does not belong there")
     train, test = (set(folders[half]) for half in ("train", "test"))
     if train != test:
         sides = [
@@ -108,7 +113,7 @@ def check_class_folders(
         )
 
 
-def check_classes(row: Row, train: np.ndarray, test: np.ndarray, names: Sequence[str], findings: Findings) -> None:
+def check_classes(train: np.ndarray, test: np.ndarray, names: Sequence[str], findings: Findings) -> None:
     """D08: classes without enough images. train, test (N,): labels of the halves."""
     for half, labels in (("train", train), ("test", test)):
         counts = np.bincount(labels, minlength=len(names))
@@ -119,7 +124,7 @@ def check_classes(row: Row, train: np.ndarray, test: np.ndarray, names: Sequence
                 findings.error(
                     "D08",
                     f"{len(poor)} {_plural('class', len(poor))} {verb}: {some(poor)}. "
-                    f"{row.again}, or remove the folders of these classes from both halves",
+                    f"{findings.again}, or remove the folders of these classes from both halves",
                 )
 
 
@@ -154,7 +159,7 @@ def check_counts(row: Row, train: int, test: int, findings: Findings) -> Variant
     if unsure:
         findings.warn("D07", f"{sentence}. The expected number is commonly quoted, not verified: count your archive")
     else:
-        findings.doubt("D07", f"{sentence}. {row.again}, or name the variant when you report numbers")
+        findings.doubt("D07", f"{sentence}. {findings.again}, or name the variant when you report numbers")
     return None
 
 

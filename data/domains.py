@@ -22,7 +22,7 @@ def stream_of(row: Row, rows: dict[str, Rows], classes: Sequence[str], findings:
         domains = np.array([domain for *_, domain in entries], dtype=np.int64)
         splits[half] = Split(Paths(path for path, *_ in entries), labels, domains)
     train, test = splits["train"], splits["test"]
-    check_classes(row, train.labels, test.labels, classes, findings)
+    check_classes(train.labels, test.labels, classes, findings)
     assert train.domains is not None
     check_domains(train.labels, train.domains, row.domains, classes, findings)
     return ImageData(row.key, train, test, tuple(classes), row.domains, "folder")

@@ -198,7 +198,7 @@ def image_data(
         paths = [path for name in names for path in folders[half].get(name, ())]
         counts = [len(folders[half].get(name, ())) for name in names]
         splits[half] = Split(Paths(paths), np.repeat(np.arange(len(names)), counts).astype(np.int64))
-    check_classes(row, splits["train"].labels, splits["test"].labels, names, findings)
+    check_classes(splits["train"].labels, splits["test"].labels, names, findings)
     return ImageData(row.key, splits["train"], splits["test"], names, variant=how)
 
 
@@ -245,7 +245,9 @@ def split_pool(row: Row, pool: Pool, options: Options, findings: Findings) -> Im
     if findings.of("error"):
         return None
     if row.classes and len(pool) != row.classes:
-        findings.error("D05", f"expected {row.classes} class folders, found {len(pool)}: {some(pool)}. {row.again}")
+        findings.error(
+            "D05", f"expected {row.classes} class folders, found {len(pool)}: {some(pool)}. {findings.again}"
+        )
         return None
     doubled = [f"{name}/{n}" for name in pool for n, c in Counter(p.name for p in pool[name]).items() if c > 1]
     if doubled:

@@ -61,11 +61,6 @@ class Row:
     note: str = ""
 
     @property
-    def again(self) -> str:
-        """What to do where something is missing: a folder of one's own has no archive."""
-        return "Complete the folder" if ":" in self.key else "Unpack the archive again"
-
-    @property
     def put_there(self) -> str:
         return "Put it there, or name the folder that holds both" if ":" in self.key else "Unpack what is missing there"
 

@@ -59,6 +59,12 @@ class RunConfig(BaseModel):
     )
     shuffle: bool = key(True, "permute the classes by class_order_seed; false: natural order")
     class_order_seed: Whole | None = key(None, "seed of the class order; default: seed", only={"shuffle": True})
+    class_order: tuple[Whole, ...] | None = key(
+        None,
+        "the classes in the order in which they come, by their numbers in the data set, each once: instead of a "
+        "shuffle; the same for every seed",
+        min_length=1,
+    )
     domain_order: tuple[str, ...] | None = key(
         None, "order of the domains of a domain-incremental stream; default: the data set's", min_length=1
     )
@@ -86,6 +92,11 @@ class RunConfig(BaseModel):
     )
     validation: Annotated[float, Field(ge=0, lt=1)] = key(
         0.0, "share of each class's training images kept apart for choices, drawn by seed; at least one"
+    )
+    on_bad_image: Literal["error", "skip"] = key(
+        "error",
+        '"skip": leave out image files that cannot be read, counted and listed in result.json; every file is decoded '
+        "once before the run",
     )
     evaluate_on: Literal["test", "val"] = key(
         "test", '"val": every reported accuracy is on the part that "validation" keeps apart'
@@ -120,7 +131,9 @@ class RunConfig(BaseModel):
 
     device: str = key("auto", "auto, cpu, cuda or cuda:1", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
     precision: Literal["auto", "fp32", "tf32", "bf16"] = key(
-        "auto", "auto: bf16 on CUDA cards that compute in it, else fp32 (with upstream: fp32); tf32: fp32 with products of 19 bits on CUDA"
+        "auto",
+        "auto: bf16 on CUDA cards that compute in it, else fp32 (with upstream: fp32); tf32: fp32 with products of 19 "
+        "bits on CUDA",
     )
     deterministic: bool = key(False, "on CUDA: the same digits again after a stop, at a cost (docs/costs.md)")
     num_workers: Whole | None = key(None, "loader processes; default: chosen from machine and data")
@@ -154,6 +167,10 @@ class RunConfig(BaseModel):
         sizes = [name for name in ("init_cls", "increment") if getattr(self, name) is not None]
         if self.task_sizes is not None and sizes:
             yield "task_sizes", f"contradicts {_quoted(sizes)}: give either the list or the two numbers"
+        if self.class_order is not None:
+            for name in ("shuffle", "class_order_seed"):
+                if self.names(name) and getattr(self, name) is not False:
+                    yield name, 'contradicts "class_order", which is an order already: drop one of the two'
         if self.init_cls is not None and self.increment is None and self.task_sizes is None:
             yield "init_cls", 'needs "increment", the classes of every later task'
         if self.weights == "random":

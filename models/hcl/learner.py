@@ -198,8 +198,7 @@ class HCL(Learner):
         return self._student(self._task_of_teacher)
 
     def _replay(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """A whole batch, also beside an epoch's smaller last one. Each process reads the same images: their loss counts
-        once."""
+        """A whole batch, also beside an epoch's smaller last one; each process reads it, and its loss counts once."""
         assert self.memory is not None
         images, labels = self.memory.sample(self.config.batch_size)
         return self._replay_view(images.to(device)), labels.to(device)
