@@ -92,7 +92,7 @@ def _told(name: str, data_root: str | None, options: Options, findings: Findings
     except OSError as error:
         place = f"'{error.filename}'" if error.filename else "a file"
         findings.error("D09", f"{place} cannot be read ({reason(error)}). Check its name and its permissions")
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, RuntimeError, MemoryError) as error:
         findings.error("D09", f"cannot be read ({reason(error)}). Check the name, and what lies there")
     return None
 

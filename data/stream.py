@@ -329,6 +329,8 @@ def _order_faults(order: Sequence[int], classes: int, name: str) -> Iterator[str
 def _protocol_faults(config: RunConfig, data: ImageData):
     """Sentences for protocol keys that do not fit the data set."""
     classes, name = data.num_classes, data.name
+    if config.on_bad_image == "skip" and isinstance(data.train.images, np.ndarray):
+        yield f'"on_bad_image" has no effect for {name}: its images are no files; drop the key'
     if config.augment_on == "device":
         if not isinstance(data.train.images, np.ndarray):
             yield f'"augment_on" must be "host" for {name}: its images are files of many sizes, not one array'

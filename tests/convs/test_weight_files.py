@@ -116,3 +116,26 @@ def test_an_upper_case_suffix_and_none_at_all_are_read(tmp_path):
     for name in ("A.PTH", "weights"):
         torch.save(at.vit().state_dict(), tmp_path / name)
         assert load_weights(at.vit(), tmp_path / name).matched == 1
+
+
+def test_a_flipped_bit_in_a_torch_file_is_noticed(tmp_path):
+    """torch checks no sums: the network would be another one."""
+    torch.save(at.vit().state_dict(), tmp_path / "a.pth")
+    content = (tmp_path / "a.pth").read_bytes()
+    with zipfile.ZipFile(tmp_path / "a.pth") as archive:
+        starts = [member.header_offset + 200 for member in archive.infolist() if member.file_size > 500]
+    for start in starts:
+        changed = bytearray(content)
+        changed[start] ^= 4
+        (tmp_path / "a.pth").write_bytes(changed)
+        with pytest.raises(WeightsError, match="are damaged: .* is not what was written|cannot be read"):
+            load_weights(at.vit(), tmp_path / "a.pth")
+
+
+def test_a_torch_file_written_without_sums_is_read(tmp_path):
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save(at.vit().state_dict(), tmp_path / "a.pth")
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert load_weights(at.vit(), tmp_path / "a.pth").matched == 1
