@@ -332,3 +332,33 @@ def test_a_beit_is_not_a_vit(tmp_path):
     ):
         with pytest.raises(WeightsError, match="attn.q_bias.*beit_base_patch16_224"):
             loaded(tmp_path, at.vit(), at.beit(**changes).state_dict())
+
+
+def test_the_command_says_which_network_it_took(tmp_path, capsys):
+    import main
+
+    a, b = (at.filled(at.vit(patch_size=4), seed).state_dict() for seed in (1, 2))
+    torch.save({"model": a, "model_ema": b}, tmp_path / "a.pth")
+    backbone = '{"name": "vit", "img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2}'
+    words = ["check-weights", str(tmp_path / "a.pth"), "--backbone", backbone]
+    assert main.main([*words, "--entry", "model_ema", "--resample-patch"]) == 0
+    out = capsys.readouterr().out
+    assert (
+        "entry        model_ema" in out
+        and "also there   model" in out
+        and "patch embedding resampled from 4 x 4" in out
+    )
+    assert main.main(words) == 2
+    assert '"resample_patch": true' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["weights_entry", "resample_patch"])
+def test_the_keys_of_weight_files_need_a_weight_file(tmp_path, name):
+    from models.factory import config_from
+    from tests.conftest import tiny_values
+    from utils.errors import ConfigError
+
+    for weights in (None, "random"):
+        values = tiny_values(tmp_path, weights=weights) | {name: True if name == "resample_patch" else "ema"}
+        with pytest.raises(ConfigError, match=f'"{name}" has no effect'):
+            config_from(values, source="test")

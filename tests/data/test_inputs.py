@@ -159,6 +159,11 @@ def test_bad_images_are_skipped_on_request_and_listed(tmp_path):
         DataManager(config, 16)
 
 
+def test_arrays_have_no_image_files_to_skip(tmp_path):
+    with pytest.raises(ConfigError, match='"on_bad_image" has no effect'):
+        DataManager(config_from(tiny_values(tmp_path, on_bad_image="skip"), source="test"), 16)
+
+
 def test_skipped_images_stand_in_the_result(tmp_path):
     root = folder(tmp_path / "mine", names=("a", "b", "c", "d", "e", "f"))
     bad = root / "test" / "a" / "1.png"
