@@ -48,12 +48,13 @@ LAYOUTS: dict[str, Layout] = {}
 
 
 def entry(place: Path, *names: str) -> Path | None:
-    """The first of `names` in `place`, whatever its case; "a/b" goes two levels down."""
+    """The first file or folder of these names in `place`, whatever its case; "a/b" goes two levels down. Pipes and
+    devices are nothing to read."""
     for name in names:
         found: Path | None = place
         for part in Path(name).parts:
             found = _child(found, part) if found is not None else None
-        if found is not None:
+        if found is not None and (found.is_dir() or found.is_file()):
             return found
     return None
 

@@ -112,7 +112,8 @@ def _check_repeated(data: ImageData, digests: list[bytes], findings: Findings) -
     for found, where in ((both, "in train and in test"), (classes, "under more than one class")):
         if found:
             examples = some([" = ".join(_place(data, row) for row in rows[:2]) for rows in found], 3)
-            findings.warn("D21", f"{_plural(len(found), 'picture')} stand {where}: {examples}")
+            stand = "stands" if len(found) == 1 else "stand"
+            findings.warn("D21", f"{_plural(len(found), 'picture')} {stand} {where}: {examples}")
 
 
 def _place(data: ImageData, row: int) -> str:

@@ -68,6 +68,8 @@ def _tiny_arrays(row: Row, folder: Path, findings: Findings) -> ImageData | None
             for number in range(1, 21):
                 path = folder / f"{letter}_{name}_{number:02d}.npy"
                 try:
+                    if not path.is_file():
+                        raise FileNotFoundError("no such file")
                     arrays.append(
                         _pixels(np.load(path)) if letter == "x" else np.load(path).astype(np.int64).reshape(-1)
                     )

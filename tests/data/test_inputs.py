@@ -213,8 +213,8 @@ def test_pictures_that_stand_twice_are_counted(tmp_path):
     (root / "train" / "b" / "other.png").write_bytes((root / "train" / "a" / "1.png").read_bytes())
     text = inspect(f"folder:{root}", None, Options(download=False), lambda images, _: images).text
     assert "D21 warning" in text
-    assert "1 picture stand in train and in test: train/a/0.png = test/a/copy.png" in text
-    assert "1 picture stand under more than one class: train/a/1.png = train/b/other.png" in text
+    assert "1 picture stands in train and in test: train/a/0.png = test/a/copy.png" in text
+    assert "1 picture stands under more than one class: train/a/1.png = train/b/other.png" in text
 
 
 def test_pictures_of_arrays_that_stand_twice_are_counted(tmp_path):
@@ -224,7 +224,7 @@ def test_pictures_of_arrays_that_stand_twice_are_counted(tmp_path):
     arrays["x_test"][0] = arrays["x_train"][3]
     np.savez(tmp_path / "a.npz", **arrays)
     text = inspect(name, None, Options(download=False), lambda images, _: images).text
-    assert "1 picture stand in train and in test: train/0/number 3 = test/0/number 0" in text
+    assert "1 picture stands in train and in test: train/0/number 3 = test/0/number 0" in text
 
 
 def medmnist(path: Path, grey=True, labels=1, **changes) -> str:
@@ -390,3 +390,17 @@ def test_kaggle_s_doubled_cars(tmp_path):
     _, findings = read("cars", str(tmp_path), Options(download=False))
     assert "as a copy of Kaggle's does" in str(findings.of("error")[0])
     assert sources.ROWS["cars"].title
+
+
+def test_pipes_in_the_place_of_lists_are_missing(tmp_path):
+    """Nothing waits for one."""
+    trees.cub_official(tmp_path / "CUB_200_2011")
+    path = tmp_path / "CUB_200_2011" / "images.txt"
+    path.unlink()
+    os.mkfifo(path)
+    _, findings = read("cub_official", str(tmp_path), Options(download=False))
+    assert "images.txt missing under" in str(findings.of("error")[0])
+    os.mkfifo(tmp_path / "train.txt")
+    (tmp_path / "test.txt").write_text("a/0.png")
+    folder(tmp_path / "mine" / "x")
+    assert "is a named pipe" in told(tmp_path / "mine" / "x" / "train", split=f"list:{tmp_path / 'train.txt'}")
