@@ -69,6 +69,19 @@ def transformers_vit(state: State) -> State:
     )
 
 
+def transformers_5(state: State) -> State:
+    """Names since transformers 5."""
+    return named(
+        state,
+        (r"^encoder\.layer\.", "layers."),
+        (r"\.attention\.attention\.relative", ".relative"),
+        (r"\.attention\.attention\.(q|k|v)(uery|ey|alue)", r".attention.\1_proj"),
+        (r"\.attention\.output\.dense", ".attention.o_proj"),
+        (r"\.intermediate\.dense", ".mlp.fc1"),
+        (r"\.output\.dense", ".mlp.fc2"),
+    )
+
+
 def transformers_dinov2(state: State) -> State:
     return named(
         apart(dinov2_registers(state), ("query", "key", "value")),

@@ -64,6 +64,7 @@ VIT = {
     "torchvision": at.torchvision_vit,
     "torchvision, older": lambda state: at.named(at.torchvision_vit(state), (r"\.mlp\.0", ".mlp.linear_1"), (r"\.mlp\.3", ".mlp.linear_2")),  # noqa: E501
     "transformers": at.transformers_vit,
+    "transformers 5": lambda state: at.transformers_5(at.transformers_vit(state)),
     "transformers classifier": lambda state: under("vit.", at.transformers_vit(state)) | {"classifier.bias": torch.rand(2)},  # noqa: E501
     "transformers pooler": lambda state: at.transformers_vit(state) | {"pooler.dense.weight": torch.rand(16, 16)},
     "transformers mae": lambda state: under("vit.", at.transformers_vit(state)) | {"decoder.mask_token": torch.rand(2)},
@@ -107,6 +108,7 @@ def test_a_layout_computes_what_its_source_computes(tmp_path, name):
     [
         ({}, lambda state: state | {"mask_token": torch.rand(1, 1, 16)}),
         ({}, at.transformers_beit),
+        ({}, lambda state: under("beit.", at.transformers_5(at.transformers_beit(state)))),
         ({"global_pool": "token"}, lambda state: {"model": under("beit.", at.transformers_beit(state))}),
         ({"use_abs_pos_emb": True, "use_rel_pos_bias": False}, lambda state: state),
     ],
