@@ -145,11 +145,12 @@ class BackboneMaker:
         spec: str | Mapping[str, Any] | None = None,
         weights: str | None = None,
         image_size: int | None = None,
+        options: WeightOptions = ASKED,
     ) -> Backbone:
         """Raises UserError for a name that is not known or weights that do not fit."""
         name, file, size = self._own if spec is None else (spec, weights, image_size)
-        options = self._options if spec is None else ASKED
-        return make_backbone(name, "random" if self._restoring else file, size, options)
+        how = self._options if spec is None else options
+        return make_backbone(name, "random" if self._restoring else file, size, how)
 
 
 def weight_file(text: str) -> Path:
