@@ -177,7 +177,8 @@ def _faults(state: Mapping[str, Tensor], own: Mapping[str, Tensor], report: Load
         yield f"missing: {_some(missing)}{hints(missing, own, state, missing=True)}"
     if wrong:
         key = wrong[0]
-        text = f"{len(wrong)} entries have another shape, first {key}: file {list(state[key].shape)}, backbone "
+        many = f"{len(wrong)} entries have" if len(wrong) > 1 else "1 entry has"
+        text = f"{many} another shape, first {key}: file {list(state[key].shape)}, backbone "
         yield text + f"{list(own[key].shape)}{hints(wrong, own, state, missing=False)}"
 
 

@@ -31,8 +31,8 @@ class HCLConfig(TrainConfig):
     networks: tuple[str | dict[str, Any] | None, ...] | None = key(
         None,
         'backbone of each task: a name, null (the run\'s "backbone" and "weights") or {"name", "weights", '
-        '"weights_entry", "resample_patch", "image_size", "optimizer", "lrate", "weight_decay", "momentum", constructor arguments}; the last serves '
-        "all later tasks; default: the run's backbone for all",
+        '"weights_entry", "resample_patch", "image_size", "optimizer", "lrate", "weight_decay", "momentum", '
+        "constructor arguments}; the last serves all later tasks; default: the run's backbone for all",
         min_length=1,
     )
     lrate: Rate = redefault(TrainConfig, "lrate", 0.03)
