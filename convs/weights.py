@@ -17,7 +17,8 @@ from convs.positions import fit_positions
 from convs.weight_files import read_states
 from convs.weight_layouts import find_network
 from convs.weight_places import hints
-from utils.errors import WeightsError
+from utils.errors import WeightsError, reason
+from utils.files import told
 
 # What a file may hold beside the trunk: heads, decoders, what only pre-training needs, copies, text towers.
 HEADS = re.compile(
@@ -83,14 +84,16 @@ def load_weights(backbone: nn.Module, path: Path, options: WeightOptions = ASKED
     is not finite; then nothing is loaded.
     """
     own = backbone.state_dict()
-    found = find_network(read_states(path), own, options.entry, path)
+    states = read_states(path)
+    with told("weights", path, WeightsError, "a network's weights", "choose the backbone that the file was made for"):
+        found = find_network(states, own, options.entry, path)
     state = {key: value for key, value in found.state.items() if key in own or not HEADS.match(key)}
     _check_kinds(path, state, own)
     done: list[str] = []
     try:
         state, said = fit_positions(state, own, backbone)
-    except ValueError as error:
-        raise WeightsError(f"weights '{path}' do not fit the backbone: {error}") from None
+    except (ValueError, RuntimeError) as error:  # RuntimeError: tokens of another shape
+        raise WeightsError(f"weights '{path}' do not fit the backbone: {reason(error)}") from None
     done += [said] if said else []
     state = _fit_patches(state, own, options, done)
     usable = {key: state[key].to(own[key].dtype) for key in own if key in state and state[key].shape == own[key].shape}

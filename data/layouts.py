@@ -162,7 +162,7 @@ def find_halves(row: Row, place: Path, findings: Findings) -> dict[str, Path] | 
 def read_classes_of(half: Path, only: Sequence[str] | None, findings: Findings) -> dict[str, list[Path]]:
     """Class name -> images, of one half. Ignored files are noted (D10)."""
     classes, ignored = {}, [path.name for path in half.iterdir() if not path.is_dir()]
-    loose = [name for name in ignored if Path(name).suffix.lower() in IMAGE_SUFFIXES]
+    loose = [name for name in ignored if name[0] != "." and Path(name).suffix.lower() in IMAGE_SUFFIXES]
     if loose:
         findings.warn(
             "D10", f"left out {len(loose)} images that lie in '{half}' itself, in no class folder: {some(loose)}"

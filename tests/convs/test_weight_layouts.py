@@ -300,6 +300,11 @@ REFUSED = {
     "itself": ({}, looped, "hold no tensors; entries: note, model"),
     "a list": ({}, lambda s: list(s.values()), "hold a list"),
     "a tensor": ({}, lambda s: s["norm.weight"], "hold a Tensor"),
+    "q, k and v of other widths": (
+        {}, lambda s: at.transformers_vit(s) | {"encoder.layer.0.attention.attention.key.weight": torch.rand(3, 5)},
+        "cannot be read as a network's weights",
+    ),
+    "a class token of another form": ({"no_embed_class": False}, plus("cls_token", 1, 1, 1, 16), "another shape"),
     "nothing": ({}, lambda s: {}, "hold no tensors; entries: none"),
     "several alike": ({}, lambda s: {"first": s, "second": s | {}}, '"first", "second".*weights_entry'),
     "another kind of network": ({}, lambda s: timm.create_model("resnet10t").state_dict(), "match only 0.0 %"),
