@@ -135,8 +135,12 @@ def _read_npz(path: Path) -> dict[str, Tensor]:
 
 # What training scripts leave beside a state dict: bags of plain values, numbers of numpy, paths. None runs code.
 def _harmless() -> list[Any]:
-    scalar, array = np._core.multiarray.scalar, np._core.multiarray._reconstruct  # type: ignore[attr-defined]
-    places = [(scalar, "numpy.core.multiarray.scalar"), (array, "numpy.core.multiarray._reconstruct")]
+    scalar, array = np.float64(0).__reduce__()[0], np.zeros(0).__reduce__()[0]
+    places = [
+        (function, f"numpy.{core}.multiarray.{name}")  # renamed by numpy 2
+        for function, name in ((scalar, "scalar"), (array, "_reconstruct"))
+        for core in ("core", "_core")
+    ]
     types = [getattr(np.dtypes, name) for name in np.dtypes.__all__]
     pure = [
         (pathlib.PurePosixPath, f"{module}.{name}")
@@ -148,7 +152,7 @@ def _harmless() -> list[Any]:
         for module in ("pathlib", "pathlib._local")
         for name in ("WindowsPath", "PureWindowsPath")
     ]
-    return [argparse.Namespace, scalar, array, np.dtype, np.ndarray, *places, *types, *pure, *windows]
+    return [argparse.Namespace, np.dtype, np.ndarray, *places, *types, *pure, *windows]
 
 
 def _read_torch(path: Path) -> Any:
