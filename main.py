@@ -163,7 +163,7 @@ def result_folder(config: Path, output: Path | None, alone: bool) -> Path:
     below = parts[len(parts) - parts[::-1].index("exps") :] if "exps" in parts[:-1] else parts[-1:]
     if output is None:
         return Path("runs", *below)
-    from utils.files import expanded
+    from utils.storage import expanded
 
     output = expanded(output)
     return output if alone else output.joinpath(*below)

@@ -25,7 +25,6 @@ from models.parts.state import learner_state, restore
 from utils import checkpoint
 from utils.config import RunConfig
 from utils.errors import ConfigError, Interrupted
-from utils.files import held
 from utils.folders import claim, draw, refuse_foreign, refuse_other_inputs, seed_folder, sound_result, summarise
 from utils.interrupt import StopSignal
 from utils.metrics import accuracy_by_class, summarise_probe, summarise_scores
@@ -34,6 +33,7 @@ from utils.record import Record
 from utils.results import EpochLog, curve_text, make_folder, run_log, write_json
 from utils.runtime import Runtime
 from utils.seed import rng_state, seed_everything, set_rng_state
+from utils.storage import held
 from utils.version import VERSION, commit
 
 log = logging.getLogger(__name__)
@@ -211,7 +211,9 @@ class SeedRun(Observer):
             by_class //= tested  # all domains share one test set
         seconds, report = dict(self.runtime.stopwatch.seconds), self.learner.network.backbone.info.report
         return {
-            **summarise_scores(record.scores, record.correct[:, :, :done, :tested], counts),
+            **summarise_scores(
+                record.scores, record.correct[:, :, :done, :tested], counts, manager[done - 1].total_classes
+            ),
             **summarise_probe(config.probe, record.probed[:done, :done], counts[:done]),
             **self.learner.report().numbers,
             "finished": done == len(manager),
@@ -239,10 +241,12 @@ class SeedRun(Observer):
             "data": {
                 "name": data.name, "split": data.variant, "hash": data.digest,
                 "train": len(data.train), "test": len(data.test),
+                "unreadable": {"count": len(manager.unreadable), "files": manager.unreadable},
             },
             "weights": {
                 "name": report.name, "sha256": report.sha256, "matched": report.matched,
                 "missing": list(report.missing), "unexpected": list(report.unexpected),
+                "entry": report.entry or None, "others": list(report.others), "done": list(report.done),
             },
         }  # fmt: skip
 

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from convs.cast_once import cast_frozen_once
 from convs.small import SMALL
-from convs.weights import RANDOM, LoadReport, load_weights
-from utils.errors import ConfigError, UserError, WeightsError, did_you_mean
+from convs.weights import ASKED, RANDOM, LoadReport, WeightOptions, load_weights
+from utils.errors import ConfigError, UserError, WeightsError, did_you_mean, reason
 
 BUNDLED = Path(__file__).resolve().parent.parent / "data"
 SMALL_SIZE = 32  # pixels a side, of bundled networks and those of convs/small.py
@@ -91,8 +91,10 @@ class Backbone(nn.Module):
         return self.model
 
 
-def make_backbone(spec: str | Mapping[str, Any], weights: str | None, image_size: int | None) -> Backbone:
-    """The feature extractor that a config names, weights loaded.
+def make_backbone(
+    spec: str | Mapping[str, Any], weights: str | None, image_size: int | None, options: WeightOptions = ASKED
+) -> Backbone:
+    """The feature extractor that a config names, weights loaded. options: how its weight file is read.
 
     Raises UserError for an unknown or ambiguous name or wrong constructor arguments, WeightsError for the weights.
     """
@@ -101,7 +103,7 @@ def make_backbone(spec: str | Mapping[str, Any], weights: str | None, image_size
     if weights == "random" or (weights is None and name in SMALL):
         report = RANDOM
     elif weights is not None:
-        report = load_weights(model, Path(weights).expanduser())
+        report = load_weights(model, weight_file(weights), options)
     elif name in NAMED:
         report = load_weights(model, BUNDLED / f"{name}.safetensors")
     elif isinstance(spec, str):
@@ -128,20 +130,35 @@ class BackboneMaker:
     """
 
     def __init__(
-        self, spec: str | Mapping[str, Any], weights: str | None, image_size: int | None, restoring: bool = False
+        self,
+        spec: str | Mapping[str, Any],
+        weights: str | None,
+        image_size: int | None,
+        options: WeightOptions = ASKED,
+        restoring: bool = False,
     ):
         self._own = spec, weights, image_size
-        self._restoring = restoring
+        self._options, self._restoring = options, restoring
 
     def __call__(
         self,
         spec: str | Mapping[str, Any] | None = None,
         weights: str | None = None,
         image_size: int | None = None,
+        options: WeightOptions = ASKED,
     ) -> Backbone:
         """Raises UserError for a name that is not known or weights that do not fit."""
         name, file, size = self._own if spec is None else (spec, weights, image_size)
-        return make_backbone(name, "random" if self._restoring else file, size)
+        how = self._options if spec is None else options
+        return make_backbone(name, "random" if self._restoring else file, size, how)
+
+
+def weight_file(text: str) -> Path:
+    """Raises WeightsError for a home directory of nobody."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        raise WeightsError(f"weights '{text}': {reason(error)}") from None
 
 
 def renew_final_norm(backbone: Backbone) -> None:

@@ -225,18 +225,22 @@ def regnetx_200mf() -> Residual:
 
 
 def resnet18() -> nn.Module:
-    """timm's ResNet-18 with a 3x3 stem of stride 1 and no pooling after it."""
-    model: Any = timm.create_model("resnet18", num_classes=0)
+    """timm's ResNet-18 with a 3x3 stem of stride 1 and no pooling after it; every BatchNorm starts at 1, the last of a
+    block too."""
+    model: Any = timm.create_model("resnet18", num_classes=0, zero_init_last=False)
     model.conv1, model.maxpool = nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.Identity()
     nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
     return model
 
 
 def densenet121() -> nn.Module:
-    """timm's DenseNet-121 with a bare 3x3 stem of stride 1."""
+    """timm's DenseNet-121 with a bare 3x3 stem of stride 1; convolutions start as torch's do."""
     model: Any = timm.create_model("densenet121", num_classes=0)
     model.features.conv0 = nn.Conv2d(3, 64, 3, 1, 1, bias=False)
     model.features.norm0, model.features.pool0 = nn.Identity(), nn.Identity()
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            module.reset_parameters()
     return model
 
 

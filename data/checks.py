@@ -11,8 +11,9 @@ from typing import Literal
 
 import numpy as np
 
+from data.records import ImageData
 from data.rows import Row, Variant
-from utils.errors import DataError
+from utils.errors import DataError, printable
 
 Level = Literal["error", "warning", "note"]
 
@@ -36,18 +37,26 @@ class Findings:
         self.name, self.strict = name, strict
         self.all: list[Finding] = []
 
+    @property
+    def again(self) -> str:
+        """What to do where something is missing: a folder of one's own has no archive."""
+        return "Complete the folder" if ":" in self.name else "Unpack the archive again"
+
     def error(self, code: str, text: str) -> None:
-        self.all.append(Finding(code, "error", f"{self.name}: {text}"))
+        self._add(code, "error", text)
 
     def warn(self, code: str, text: str) -> None:
-        self.all.append(Finding(code, "warning", f"{self.name}: {text}"))
+        self._add(code, "warning", text)
 
     def doubt(self, code: str, text: str) -> None:
         """A warning, or an error with strict_data."""
         (self.error if self.strict else self.warn)(code, text)
 
     def note(self, code: str, text: str) -> None:
-        self.all.append(Finding(code, "note", f"{self.name}: {text}"))
+        self._add(code, "note", text)
+
+    def _add(self, code: str, level: Level, text: str) -> None:
+        self.all.append(Finding(code, level, printable(f"{self.name}: {text}")))
 
     def of(self, *levels: Level) -> list[Finding]:
         return [finding for finding in self.all if finding.level in levels]
@@ -89,7 +98,7 @@ def check_class_folders(
             text = f"expected {row.classes} class folders in {names[half]}/, found {len(classes)}"
             text += f"; missing: {some(missing)}" if missing else ""
             text += f"; extra: {some(extra)}" if extra else ""
-            findings.error("D05", f"{text}. Unpack the archive again, or remove what does not belong there")
+            findings.error("D05", f"{text}. {findings.again}, or remove what does not belong there")
     train, test = (set(folders[half]) for half in ("train", "test"))
     if train != test:
         sides = [
@@ -106,16 +115,17 @@ def check_class_folders(
 
 def check_classes(train: np.ndarray, test: np.ndarray, names: Sequence[str], findings: Findings) -> None:
     """D08: classes without enough images. train, test (N,): labels of the halves."""
-    for half, labels, least in (("train", train, 2), ("test", test, 1)):
+    for half, labels in (("train", train), ("test", test)):
         counts = np.bincount(labels, minlength=len(names))
-        poor = [f"{half}/{names[int(label)]}" for label in np.flatnonzero(counts < least)]
-        if poor:
-            need = "no images" if least == 1 else "fewer than 2 images (a covariance needs 2)"
-            findings.error(
-                "D08",
-                f"{len(poor)} {_plural('class', len(poor))} with {need}: {some(poor)}. "
-                "Unpack the archive again, or remove the folders of these classes from both halves",
-            )
+        for count, what in ((0, "empty"), (1, "with fewer than 2 images (a covariance needs 2)")):
+            poor = [f"{half}/{names[int(label)]}" for label in np.flatnonzero(counts == count)]
+            if poor and (count == 0 or half == "train"):
+                verb = f"{'is' if len(poor) == 1 else 'are'} {what} (no images)" if count == 0 else what
+                findings.error(
+                    "D08",
+                    f"{len(poor)} {_plural('class', len(poor))} {verb}: {some(poor)}. "
+                    f"{findings.again}, or remove the folders of these classes from both halves",
+                )
 
 
 def _plural(word: str, count: int) -> str:
@@ -149,8 +159,46 @@ def check_counts(row: Row, train: int, test: int, findings: Findings) -> Variant
     if unsure:
         findings.warn("D07", f"{sentence}. The expected number is commonly quoted, not verified: count your archive")
     else:
-        findings.doubt("D07", f"{sentence}. Unpack the archive again, or name the variant when you report numbers")
+        findings.doubt("D07", f"{sentence}. {findings.again}, or name the variant when you report numbers")
     return None
+
+
+def check_whole(data: ImageData, findings: Findings) -> None:
+    """D05, D08, D20: what every data set has to be, whoever made it: labels 0..C-1, one for each image, none of the
+    domains without training or test images, no domain of the test half that training lacks."""
+    for half, split in (("train", data.train), ("test", data.test)):
+        labels = np.asarray(split.labels)
+        if len(split.images) != len(labels):
+            findings.error("D05", f"{half} holds {len(split.images):,} images and {len(labels):,} labels")
+        elif len(labels) == 0:
+            findings.error("D08", f"{half} holds no images")
+        elif labels.min() < 0 or labels.max() >= data.num_classes:
+            findings.error(
+                "D05", f"{half} labels must be 0..{data.num_classes - 1}, go from {labels.min()} to {labels.max()}"
+            )
+        if data.domain_names and split.domains is not None:
+            _check_domain_numbers(half, np.asarray(split.domains), data, findings)
+    if data.domain_names and data.train.domains is None:
+        findings.error("D20", "has domains, but its training images belong to none")
+
+
+def _check_domain_numbers(half: str, domains: np.ndarray, data: ImageData, findings: Findings) -> None:
+    names = data.domain_names
+    strange = np.unique(domains[(domains < 0) | (domains >= len(names))])
+    if len(strange):
+        findings.error(
+            "D20", f"{half} holds the domains {some(strange)}, which training lacks: it has 0..{len(names) - 1}"
+        )
+    if empty := [name for number, name in enumerate(names) if not (domains == number).any()]:
+        what = "training" if half == "train" else "test"
+        findings.error(
+            "D20",
+            f"{_number(len(empty), 'domain')} without {what} images: {some(empty)}. Each is a task: complete it",
+        )
+
+
+def _number(count: int, word: str) -> str:
+    return f"{count} {word}" + "s" * (count != 1)
 
 
 def check_domains(

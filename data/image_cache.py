@@ -147,10 +147,7 @@ def _shapes(name: str, paths: Sequence[Path], size: int | None) -> np.ndarray:
     """(N, 2): height and width of each cached image, read from the files' headers."""
 
     def shape(path: Path) -> tuple[int, int]:
-        try:
-            width, height = stored_size(path)
-        except Exception as error:  # noqa: BLE001 - decoders raise many types for damaged files
-            raise DataError(f"image '{path}' cannot be read ({error}). Replace or remove it") from None
+        width, height = stored_size(path)
         return _reduced(height, width, size)
 
     with ThreadPoolExecutor(available_cpus()) as pool:

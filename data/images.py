@@ -2,15 +2,26 @@
 
 import os
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import overload
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError, features
 
-from utils.errors import DataError
+from utils.errors import DataError, reason
+from utils.files import likely_cause, special
 
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".ppm", ".pgm", ".tif", ".tiff"})
+IMAGE_SUFFIXES = frozenset(
+    {
+        ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".webp", ".ppm", ".pgm", ".tif", ".tiff", ".avif",
+        ".jp2", ".j2k",
+    }
+)  # fmt: skip
+# Kinds of images that are not decoded here: left out like other files, but said as a doubt.
+OTHER_IMAGES = frozenset(
+    {".heic", ".heif", ".jxl", ".svg", ".dng", ".cr2", ".nef", ".arw", ".psd", ".exr", ".tga", ".dcm"}
+)
 SIXTEEN_BITS = ("I", "I;16", "I;16B", "I;16L", "I;16N")
 
 
@@ -98,20 +109,45 @@ def read_image(path: Path) -> Image.Image:
     try:
         return to_rgb(path)[0]
     except Exception as error:  # noqa: BLE001 - decoders raise many types for damaged files
-        raise DataError(
-            f"image '{path}' cannot be read ({error or type(error).__name__}). Replace or remove it"
-        ) from None
+        raise DataError(unreadable(path, error)) from None
+
+
+def unreadable(path: Path, error: Exception) -> str:
+    """The sentence for an image that a decoder refuses, with the likely cause where the file tells it."""
+    cause = None
+    with suppress(OSError, ValueError):
+        if not special(path.stat().st_mode):
+            cause = likely_cause(path, images=False)
+    # Pillow says "cannot identify image file '/the/whole/path'", and the path is said already.
+    why = reason(error).split(f" {str(path)!r}")[0]
+    suffix = path.suffix.lower()
+    if isinstance(error, UnidentifiedImageError) and (need := _DECODERS.get(suffix)) and not features.check(need):
+        cause = f"this Pillow cannot decode {suffix}: install one that can, or convert the images"
+    return f"image '{path}' cannot be read ({why}{f'; {cause}' if cause else ''}). Replace or remove it"
+
+
+_DECODERS = {".avif": "avif", ".jp2": "jpg_2000", ".j2k": "jpg_2000", ".webp": "webp"}  # suffix -> Pillow's feature
 
 
 def stored_size(path: Path) -> tuple[int, int]:
-    """(width, height), from the head of the file. Raises what Pillow raises."""
-    with Image.open(path) as image:
-        return image.size
+    """(width, height), from the head of the file. Raises DataError as `read_image`."""
+    try:
+        with _opened(path) as image:
+            return image.size
+    except Exception as error:  # noqa: BLE001 - decoders raise many types for damaged files
+        raise DataError(unreadable(path, error)) from None
+
+
+def _opened(path: Path) -> Image.Image:
+    """A pipe or a device is not opened: it would be waited for."""
+    if kind := special(path.stat().st_mode):
+        raise OSError(f"it is {kind}")
+    return Image.open(path)
 
 
 def to_rgb(path: Path) -> tuple[Image.Image, str]:
     """(image in RGB, mode in the file: "RGB", "L", "CMYK", "P", "RGBA", ...). Raises whatever the decoder raises."""
-    with Image.open(path) as image:
+    with _opened(path) as image:
         mode = image.mode
         if mode in SIXTEEN_BITS:  # Pillow's own conversion cuts every value above 255 to white
             upper = (np.asarray(image, dtype=np.int64) >> 8).clip(0, 255).astype(np.uint8)

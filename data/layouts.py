@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 
 from data.checks import Findings, check_class_folders, check_classes, found_in, some
-from data.images import Paths, images_below, visible_folders
+from data.images import IMAGE_SUFFIXES, OTHER_IMAGES, Paths, images_below, visible_folders
 from data.records import ImageData, Split
 from data.rows import Row
-from data.splits import Chosen, Pool, cache_root, class_hash, listed_split, read_classes, seeded_split
+from data.splits import Chosen, Pool, cache_root, class_hash, listed_split, own_path, read_classes, seeded_split
 
 HALVES = ("train", "test")
 
@@ -48,12 +48,13 @@ LAYOUTS: dict[str, Layout] = {}
 
 
 def entry(place: Path, *names: str) -> Path | None:
-    """The first of `names` in `place`, whatever its case; "a/b" goes two levels down."""
+    """The first file or folder of these names in `place`, whatever its case; "a/b" goes two levels down. Pipes and
+    devices are nothing to read."""
     for name in names:
         found: Path | None = place
         for part in Path(name).parts:
             found = _child(found, part) if found is not None else None
-        if found is not None:
+        if found is not None and (found.is_dir() or found.is_file()):
             return found
     return None
 
@@ -108,11 +109,27 @@ def has_halves(row: Row, place: Path) -> bool:
     return any((found := entry(place, name)) is not None and found.is_dir() for name in ("train", *row.test_names))
 
 
+# Other names that people give to halves: they are to be renamed, since they could be classes.
+MISNAMED = {
+    "train": ("training", "trainset", "train_set", "training_set", "train_images", "images_train", "trn"),
+    "test": (
+        "testing", "testset", "test_set", "test_images", "images_test", "validation", "valid", "validation_set", "eval",
+    ),
+}  # fmt: skip
+
+
+def misnamed(place: Path, half: str) -> Path | None:
+    """A folder that holds class folders and is called like a half in other words."""
+    found = entry(place, *MISNAMED[half])
+    return found if found is not None and found.is_dir() and visible_folders(found) else None
+
+
 def find_halves(row: Row, place: Path, findings: Findings) -> dict[str, Path] | None:
     """{"train": folder, "test": folder}; an alias is noted, a missing half is an error (D02, D03, D12)."""
     train, test = entry(place, "train"), entry(place, *row.test_names)
-    if train is None and test is None and (classes := _class_folders(place)):
-        ways = 'unpack the split archive, or choose split: "list:<file>"'
+    called = {"train": misnamed(place, "train"), "test": misnamed(place, "test")}
+    if train is None and test is None and not any(called.values()) and (classes := _class_folders(place)):
+        ways = f'{row.split_first}, or choose split: "list:<file>"'
         if row.seeded:
             ways += ' or "seeded" (80/20 per class, stored in the cache folder)'
         text = f"{len(classes)} class folders in '{place}' but no train/ {row.test_names[0]}/"
@@ -120,10 +137,11 @@ def find_halves(row: Row, place: Path, findings: Findings) -> dict[str, Path] | 
         return None
     for half, found, names in (("train", train, ("train",)), ("test", test, row.test_names)):
         if found is None:
+            other = called[half]
+            way = f"Rename '{other.name}/' to '{names[0]}/'" if other is not None else row.put_there
             findings.error(
                 "D02",
-                f"'{names[0]}/' missing under '{place}'; found: {found_in(place)}. Expected: {row.expects}. "
-                "Unpack what is missing there",
+                f"'{names[0]}/' missing under '{place}'; found: {found_in(place)}. Expected: {row.expects}. {way}",
             )
         elif half == "test" and found.name.lower() != names[0]:
             findings.note("D02", f"found '{found.name}/' instead of '{names[0]}/': using it")
@@ -136,12 +154,20 @@ def find_halves(row: Row, place: Path, findings: Findings) -> dict[str, Path] | 
             f"in train/ (how: {row.manual})",
         )
         return None
+    if beside := [folder.name for folder in visible_folders(place) if folder not in (train, test)]:
+        findings.note("D10", f"left out beside {train.name}/ and {test.name}/: {some(f'{name}/' for name in beside)}")
     return {"train": train, "test": test}
 
 
 def read_classes_of(half: Path, only: Sequence[str] | None, findings: Findings) -> dict[str, list[Path]]:
     """Class name -> images, of one half. Ignored files are noted (D10)."""
-    classes, ignored = {}, []
+    classes, ignored = {}, [path.name for path in half.iterdir() if not path.is_dir()]
+    loose = [name for name in ignored if name[0] != "." and Path(name).suffix.lower() in IMAGE_SUFFIXES]
+    if loose:
+        findings.warn(
+            "D10", f"left out {len(loose)} images that lie in '{half}' itself, in no class folder: {some(loose)}"
+        )
+    ignored = [name for name in ignored if name not in loose]
     for folder in visible_folders(half):
         if only is None or folder.name in only:
             classes[folder.name], foreign = images_below(folder)
@@ -151,6 +177,12 @@ def read_classes_of(half: Path, only: Sequence[str] | None, findings: Findings) 
 
 
 def note_ignored(ignored: Sequence[str], place: Path, findings: Findings) -> None:
+    if others := [name for name in ignored if Path(name).suffix.lower() in OTHER_IMAGES]:
+        kinds = sorted({Path(name).suffix.lower() for name in others})
+        findings.warn(
+            "D10",
+            f"left out {len(others)} images in '{place}' of kinds that are not read ({some(kinds)}): convert them",
+        )
     if ignored:
         kinds = sorted(set(ignored))
         findings.note("D10", f"ignored {len(ignored)} files in '{place}' that are no images: {some(kinds)}")
@@ -198,6 +230,9 @@ def read_halves(
 def read_pool(row: Row, place: Path, findings: Findings) -> dict[str, list[Path]]:
     """Every image by class, whether the archive is split into halves or not."""
     halves = [half for name in ("train", *row.test_names) if (half := entry(place, name)) is not None]
+    for name in () if halves else HALVES:
+        if (other := misnamed(place, name)) is not None:
+            findings.error("D02", f"'{other}' looks like a half, not like a class. Rename it to '{name}/'")
     pool: dict[str, list[Path]] = {}
     for half in halves or [place]:
         for name, images in read_classes_of(half, None, findings).items():
@@ -208,8 +243,12 @@ def read_pool(row: Row, place: Path, findings: Findings) -> dict[str, list[Path]
 def split_pool(row: Row, pool: Pool, options: Options, findings: Findings) -> ImageData | None:
     """Un-split images by a list or a seed (D15; D05 for their classes)."""
     kind, _, argument = options.split.partition(":")
+    if findings.of("error"):
+        return None
     if row.classes and len(pool) != row.classes:
-        findings.error("D05", f"expected {row.classes} class folders, found {len(pool)}: {some(pool)}. Unpack again")
+        findings.error(
+            "D05", f"expected {row.classes} class folders, found {len(pool)}: {some(pool)}. {findings.again}"
+        )
         return None
     doubled = [f"{name}/{n}" for name in pool for n, c in Counter(p.name for p in pool[name]).items() if c > 1]
     if doubled:
@@ -241,7 +280,9 @@ def subset(row: Row, place: Path, options: Options, findings: Findings) -> Image
         findings.error("D03", 'has its own train/ and val/: use split "folder", or "list:FILE" with a class list')
         return None
     if kind == "list":
-        chosen, how = read_classes(Path(argument).expanduser(), known, findings), f"class list {Path(argument).name}"
+        path = own_path(argument, findings)
+        chosen = None if path is None else read_classes(path, known, findings)
+        how = f"class list {Path(argument).name}"
         if chosen is not None and len(chosen) != row.classes:
             findings.error("D15", f"class list '{argument}' holds {len(chosen)} classes, expected {row.classes}")
             return None

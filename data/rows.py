@@ -61,6 +61,14 @@ class Row:
     note: str = ""
 
     @property
+    def put_there(self) -> str:
+        return "Put it there, or name the folder that holds both" if ":" in self.key else "Unpack what is missing there"
+
+    @property
+    def split_first(self) -> str:
+        return "make these two folders" if ":" in self.key else "unpack the split archive"
+
+    @property
     def manual(self) -> str:
         """Where the user reads about it; a folder of one's own has no section."""
         return "docs/datasets.md" if ":" in self.key else f"docs/datasets.md#{self.key}"

@@ -11,7 +11,7 @@ import numpy as np
 
 import data.archives  # noqa: F401 - registers the data sets of the literature
 from data.archives.cifar import fetch_cifar
-from data.checks import Findings, check_counts
+from data.checks import Findings, check_counts, check_whole
 from data.glyphs import DOMAINS, pretraining_split, stream_split
 from data.images import IMAGE_SUFFIXES
 from data.layouts import LAYOUTS, Options, class_folders, find_place
@@ -19,13 +19,14 @@ from data.npz import load_npz
 from data.records import ImageData, Split
 from data.rows import ROWS, Row, Variant
 from data.splits import split_hash
-from utils.errors import DataError, UserError, did_you_mean
+from utils.errors import DataError, UserError, did_you_mean, reason
+from utils.files import special
 from utils.registry import Registry, imported
 
 log = logging.getLogger(__name__)
 
 Source = Callable[[Path], ImageData]
-SOURCES: Registry[Source] = Registry("data set")
+SOURCES: Registry[Source] = Registry("data set", also=("folder:DIR", "npz:FILE"))
 
 
 def default_root(data_root: str | None) -> Path:
@@ -47,6 +48,9 @@ def load(name: str, data_root: str | None, options: Options | None = None) -> Im
     findings.raise_errors()
     for finding in findings.of("warning"):
         log.warning("%s", finding.text)
+    for finding in findings.of("note"):
+        if finding.code == "D10":  # what is left out of a folder or an archive
+            log.info("%s", finding.text)
     if data is None:
         raise DataError(f"{name}: nothing could be read")  # a reader that gives nothing says why; this is our mistake
     return replace(data, name=name, digest=_digest(data))
@@ -71,24 +75,59 @@ def load_folder(root: Path) -> ImageData:
 def read(name: str, data_root: str | None, options: Options) -> tuple[ImageData | None, Findings]:
     """(data set or None, everything found about it), raising nothing that a finding can say."""
     findings = Findings(name, options.strict)
+    kind, colon, _ = name.partition(":")
+    if colon and kind not in ("npz", "folder"):  # a function of the user's own: what it raises is its own
+        data = _own_function(name, data_root, options, findings)
+    else:
+        data = _told(name, data_root, options, findings)
+    if data is not None:
+        check_whole(data, findings)
+    return data, findings
+
+
+def _told(name: str, data_root: str | None, options: Options, findings: Findings) -> ImageData | None:
+    """`_read`; what the system says of a path (a name too long, no permission, a home of nobody) is a finding."""
+    try:
+        return _read(name, data_root, options, findings)
+    except OSError as error:
+        place = f"'{error.filename}'" if error.filename else "a file"
+        findings.error("D09", f"{place} cannot be read ({reason(error)}). Check its name and its permissions")
+    except (ValueError, RuntimeError, MemoryError) as error:
+        findings.error("D09", f"cannot be read ({reason(error)}). Check the name, and what lies there")
+    return None
+
+
+def _own_function(name: str, data_root: str | None, options: Options, findings: Findings) -> ImageData | None:
+    if _fixed_split(options, findings):
+        return None
+    data = _outside(name)(default_root(data_root))
+    if not isinstance(data, ImageData):
+        raise UserError(f'data set "{name}" gave a {type(data).__name__}, expected data.records.ImageData')
+    return data
+
+
+def _fixed_split(options: Options, findings: Findings) -> bool:
+    if options.split != "folder":
+        findings.error("D03", f'its split is fixed: split must be "folder", is "{options.split}"')
+    return options.split != "folder"
+
+
+def _read(name: str, data_root: str | None, options: Options, findings: Findings) -> ImageData | None:
     kind, colon, place = name.partition(":")
     if name in ROWS:
-        return read_row(ROWS[name], default_root(data_root), options, findings), findings
+        return read_row(ROWS[name], default_root(data_root), options, findings)
     if colon and kind == "folder":
         row = replace(_OWN_FOLDER, key=name)
         path = Path(place).expanduser()
         if path.is_dir():
-            return _finished(class_folders(row, path, options, findings), row.variants[0]), findings
+            return _finished(class_folders(row, path, options, findings), row.variants[0])
         findings.error("D01", f"folder '{path}' not found. Expected: {row.expects} below it")
-        return None, findings
-    if options.split != "folder":
-        findings.error("D03", f'its split is fixed: split must be "folder", is "{options.split}"')
-        return None, findings
+        return None
+    if _fixed_split(options, findings):
+        return None
     if colon and kind == "npz":
-        return load_npz(Path(place).expanduser()), findings
-    if colon:
-        return _outside(name)(default_root(data_root)), findings
-    return SOURCES[name](default_root(data_root)), findings
+        return load_npz(Path(place).expanduser(), findings)
+    return SOURCES[name](default_root(data_root))
 
 
 def read_row(row: Row, root: Path, options: Options, findings: Findings) -> ImageData | None:
@@ -103,11 +142,7 @@ def read_row(row: Row, root: Path, options: Options, findings: Findings) -> Imag
     findings.all += missing.all
     if place is None:
         return None
-    try:
-        data = LAYOUTS[row.layout].read(row, place, options, findings)
-    except OSError as error:
-        findings.error("D09", f"'{error.filename}' cannot be read ({error.strerror}). Check its permissions")
-        return None
+    data = LAYOUTS[row.layout].read(row, place, options, findings)
     if data is None or not len(data.train) or not len(data.test):
         return None
     variant = check_counts(row, len(data.train), len(data.test), findings)
@@ -147,9 +182,12 @@ def _digest(data: ImageData) -> str:
 
 def _size(path: Path) -> int:
     try:
-        return path.stat().st_size
+        info = path.stat()
     except OSError as error:
-        raise DataError(f"image '{path}' cannot be read ({error.strerror}). Replace or remove it") from None
+        raise DataError(f"image '{path}' cannot be read ({reason(error)}). Replace or remove it") from None
+    if kind := special(info.st_mode):
+        raise DataError(f"image '{path}' is {kind}. Replace or remove it")
+    return info.st_size
 
 
 _OWN_FOLDER = Row(

@@ -15,6 +15,8 @@ import numpy as np
 
 from data.checks import Findings
 from data.images import IMAGE_SUFFIXES
+from utils.errors import reason, shown
+from utils.files import likely_cause, special
 from utils.seed import mix
 
 TEST_SHARE = 0.2
@@ -25,6 +27,15 @@ Chosen = dict[str, dict[str, list[Path]]]  # half -> class name -> images
 def cache_root(chosen: str | None) -> Path:
     """Where derived files lie: the key cache_root, then $PALIMPSEST_CACHE, then ~/.cache/palimpsest."""
     return Path(chosen or os.environ.get("PALIMPSEST_CACHE") or "~/.cache/palimpsest").expanduser()
+
+
+def own_path(text: str, findings: Findings) -> Path | None:
+    """A path that the user wrote; None, with D15, for a home directory of nobody."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        findings.error("D15", f"'{text}': {reason(error)}")
+        return None
 
 
 def split_hash(halves: Mapping[str, Iterable[str]]) -> str:
@@ -95,7 +106,8 @@ def listed_split(spec: str, pool: Pool, findings: Findings) -> Chosen | None:
 
     None, with findings, when the list cannot be used (D15).
     """
-    lists = _read_lists(Path(spec).expanduser(), findings)
+    path = own_path(spec, findings)
+    lists = None if path is None else _read_lists(path, findings)
     if lists is None:
         return None
     by_entry = {entry: (name, image) for name in pool for entry, image in _named(name, pool[name])}
@@ -154,23 +166,45 @@ def class_hash(names: Iterable[str]) -> str:
     return hashlib.sha256("\n".join(sorted(names)).encode()).hexdigest()[:12]
 
 
-def listed_images(path: Path, text: str) -> list[tuple[str, str]]:
-    """(line number in words, path) of each line that names an image; a label behind the path is dropped."""
+_REMARK = re.compile(r"^\s*(#.*)?$")
+_YAML = re.compile(
+    r"^(---|\.\.\.|\w[\w ]*:\s*(#.*)?|\s*-?\s*\d+\s*)$"
+)  # a key, a label: YAML lists hold them beside the paths
+
+
+def listed_images(path: Path, text: str) -> tuple[list[tuple[str, str]], list[str]]:
+    """((line number in words, path) of each line that names an image, faults); a label behind the path is dropped.
+
+    Empty lines and those that begin with "#" say nothing, in YAML also keys and labels; any other line is a fault.
+    """
     suffixes = "|".join(re.escape(suffix) for suffix in sorted(IMAGE_SUFFIXES))
-    pattern = re.compile(rf"^\s*(?:-\s+)?[\"']?(?P<path>.+?(?:{suffixes}))[\"',]*(?:\s+\d+)?\s*$", re.IGNORECASE)
-    matches = ((number, pattern.match(line)) for number, line in enumerate(text.splitlines(), 1))
-    return [(f"{path.name} line {number}", match["path"]) for number, match in matches if match]
+    pattern = re.compile(
+        rf"^\s*(?:-\s+)?[\"']?(?P<path>.+?(?:{suffixes}))[\"']?\s*(?:[,;\s]\s*\d+)?,?\s*$", re.IGNORECASE
+    )
+    yaml = path.suffix.lower() in (".yaml", ".yml")
+    found, faults = [], []
+    for number, line in enumerate(text.splitlines(), 1):
+        where = f"{path.name} line {number}"
+        if match := pattern.match(line):
+            found.append((where, match["path"]))
+        elif not _REMARK.match(line) and not (yaml and _YAML.match(line)):
+            faults.append(f"{where}: not understood: '{shown(line.strip(), 80)}'")
+    return found, faults
 
 
 def read_list(path: Path, findings: Findings) -> list[tuple[str, str]] | None:
-    """(where it stands, path) of each image in a text or YAML list; None with a finding when there are none."""
+    """(where it stands, path) of each image in a text or YAML list; None, with findings, when a line is no image or
+    there are none."""
     text = _read_text(path, findings)
     if text is None:
         return None
-    lines = listed_images(path, text)
-    if not lines:
+    lines, faults = listed_images(path, text)
+    if faults:
+        wanted = "expected one path a line, like <class>/<file>.jpg, with or without a label behind it"
+        report_lines(faults, f"list '{path}' ({wanted})", findings)
+    elif not lines:
         findings.error("D15", f"list '{path}' names no images: expected one path a line, like <class>/<file>.jpg")
-    return lines or None
+    return None if faults else lines or None
 
 
 def _read_lists(path: Path, findings: Findings) -> dict[str, list[tuple[str, str]]] | None:
@@ -183,7 +217,7 @@ def _read_lists(path: Path, findings: Findings) -> dict[str, list[tuple[str, str
             return {
                 half: [(f"{half} {i + 1}", str(e)) for i, e in enumerate(values[half])] for half in ("train", "test")
             }
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             wanted = '{"train": [paths], "test": [paths]}'
             findings.error("D15", f"list '{path}' is not {wanted} ({type(error).__name__}: {error})")
             return None
@@ -202,10 +236,16 @@ def _read_lists(path: Path, findings: Findings) -> dict[str, list[tuple[str, str
 
 def _read_text(path: Path, findings: Findings) -> str | None:
     try:
+        if kind := special(path.stat().st_mode):
+            findings.error("D15", f"list '{path}' is {kind}. Name a file that is text")
+            return None
+        if cause := likely_cause(path):
+            findings.error("D15", f"list '{path}' cannot be read: {cause}")
+            return None
         return path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        findings.error("D15", f"list '{path}' cannot be read ({reason}). Name a file that exists and is text")
+    except (OSError, ValueError) as error:  # ValueError: other bytes than text, a NUL in the name
+        why = "not UTF-8 text" if isinstance(error, UnicodeDecodeError) else reason(error)
+        findings.error("D15", f"list '{path}' cannot be read ({why}). Name a file that exists and is text")
         return None
 
 

@@ -5,6 +5,7 @@ range [known_classes, total_classes).
 """
 
 import logging
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from PIL import Image
 
 from data import sources
 from data.batched import BATCHED, Resident
+from data.checks import some
 from data.image_cache import cached
 from data.images import stored_size
 from data.layouts import Options
@@ -23,8 +25,9 @@ from data.loading import View
 from data.records import ImageData, Split
 from data.splits import cache_root
 from data.transforms import Transform
+from data.unreadable import readable
 from utils.config import RunConfig
-from utils.errors import ConfigError
+from utils.errors import ConfigError, DataError
 from utils.seed import folded
 
 log = logging.getLogger(__name__)
@@ -170,15 +173,20 @@ class DataManager(Sequence[Task]):
         self._test_all = config.dil_eval == "all"
         self.image_size = image_size
         self._transforms = {mode: Transform(name, image_size) for mode, name in config.recipes.items()}
+        self.unreadable: list[str] = []
+        if config.on_bad_image == "skip":
+            self.data, self.unreadable = readable(self.data)
         faults = [*_protocol_faults(config, self.data), *_transform_faults(self._transforms, self.data)]
         if faults:
             raise ConfigError(f"dataset {config.dataset}", faults)
-        if config.shuffle and self.data.natural_order:
+        if config.class_order is None and config.shuffle and self.data.natural_order:
             log.warning('%s: published protocol uses natural order, "shuffle" is true', config.dataset)
         self.data = cached(in_domain_order(self.data, config.domain_order), config.cache, config.cache_size, folder)
         classes = self.data.num_classes
         shuffle = config.shuffle and not self.domain_incremental
         self.class_order = class_order(classes, config.order_seed, shuffle)
+        if config.class_order is not None:
+            self.class_order = np.array(config.class_order)
         domains = len(self.data.domain_names)
         self.task_sizes = [classes] * domains if domains else _sizes(config, classes)
         to_new = label_map(self.class_order)
@@ -291,7 +299,7 @@ def _transform_faults(transforms: Mapping[Mode, Transform], data: ImageData) -> 
     first = data.train.images[0]
     try:
         size = stored_size(first) if isinstance(first, Path) else first.shape[1::-1]
-    except (OSError, Image.DecompressionBombError):  # what is wrong with the file is said when it is read
+    except DataError:  # what is wrong with the file is said when it is read
         return
     for mode, transform in transforms.items():
         try:
@@ -304,9 +312,26 @@ def _transform_faults(transforms: Mapping[Mode, Transform], data: ImageData) -> 
             )
 
 
+def _order_faults(order: Sequence[int], classes: int, name: str) -> Iterator[str]:
+    given, wanted = Counter(order), set(range(classes))
+    problems = [
+        f"{what} {some(sorted(numbers))}"
+        for what, numbers in (
+            ("lacks", wanted - set(given)),
+            ("holds twice", {number for number, count in given.items() if count > 1}),
+            ("holds", set(given) - wanted),
+        )
+        if numbers
+    ]
+    if problems:
+        yield f'"class_order" must hold each class of {name}, 0..{classes - 1}, once: it {"; it ".join(problems)}'
+
+
 def _protocol_faults(config: RunConfig, data: ImageData):
     """Sentences for protocol keys that do not fit the data set."""
     classes, name = data.num_classes, data.name
+    if config.on_bad_image == "skip" and isinstance(data.train.images, np.ndarray):
+        yield f'"on_bad_image" has no effect for {name}: its images are no files; drop the key'
     if config.augment_on == "device":
         if not isinstance(data.train.images, np.ndarray):
             yield f'"augment_on" must be "host" for {name}: its images are files of many sizes, not one array'
@@ -318,7 +343,9 @@ def _protocol_faults(config: RunConfig, data: ImageData):
         for key in ("init_cls", "increment", "task_sizes"):
             if getattr(config, key) is not None:
                 yield f'"{key}" has no meaning for {name}: its tasks are {len(data.domain_names)} domains; drop the key'
-        if config.shuffle:
+        if config.class_order is not None:
+            yield f'"class_order" has no meaning for {name}: the classes of a domain-incremental stream have no order'
+        elif config.shuffle:
             yield f'"shuffle" must be false for {name}: the classes of a domain-incremental stream have no order'
         if config.domain_order is not None and sorted(config.domain_order) != sorted(data.domain_names):
             yield f'"domain_order" must hold each domain of {name} once: {", ".join(data.domain_names)}'
@@ -327,6 +354,8 @@ def _protocol_faults(config: RunConfig, data: ImageData):
         yield f'"domain_order" has no meaning for {name}: it has no domains; drop the key'
     if config.dil_eval == "all":
         yield f'"dil_eval": "all" has no meaning for {name}: classes not yet seen cannot be recognised; drop the key'
+    if config.class_order is not None:
+        yield from _order_faults(config.class_order, classes, name)
     if config.task_sizes is not None:
         if sum(config.task_sizes) != classes:
             yield f'"task_sizes" adds up to {sum(config.task_sizes)}, but {name} has {classes} classes'

@@ -9,6 +9,7 @@ from typing import Any
 
 import models
 from convs.backbones import BackboneMaker
+from convs.weights import WeightOptions
 from data.sources import SOURCES
 from data.stream import TaskInfo
 from data.transforms import RECIPES
@@ -124,5 +125,6 @@ def build_learner(config: RunConfig, runtime: Runtime, task: TaskInfo, restoring
     Raises ConfigError where backbone and method do not fit, WeightsError for the weights.
     """
     learner = learner_class(config.model_name)(config, runtime, task)
-    learner.build(BackboneMaker(config.backbone, config.weights, config.image_size, restoring))
+    options = WeightOptions(config.weights_entry, config.resample_patch)
+    learner.build(BackboneMaker(config.backbone, config.weights, config.image_size, options, restoring))
     return learner.to(runtime.device)

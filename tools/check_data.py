@@ -1,6 +1,7 @@
 """Everything that can be known of a data set without training on it."""
 
 import argparse
+import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -11,7 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 from data.checks import Findings, some
-from data.images import to_rgb
+from data.images import to_rgb, unreadable
 from data.layouts import Options
 from data.records import ImageData, Split
 from data.rows import ROWS
@@ -22,7 +23,7 @@ from utils.runtime import available_cpus
 COMMAND = "check-data"
 HELP = "look through a data set and report all that is wrong"
 
-Decoded = tuple[str, str | None]  # colour mode, reason why it cannot be read
+Decoded = tuple[str, str | None, bytes]  # colour mode, reason why it cannot be read, digest of the pixels
 Progress = Callable[[Iterable[Decoded], int], Iterable[Decoded]]  # watches what passes, of so many
 
 
@@ -60,7 +61,8 @@ def inspect(name: str, data_root: str | None, options: Options, progress: Progre
     lines = [f"{name}: {ROWS[name].title}" if name in ROWS else name]
     if data is not None:
         lines += _counts(data)
-        modes = _decode_all(data, findings, progress)
+        modes, digests = _decode_all(data, findings, progress)
+        _check_repeated(data, digests, findings)
         if other := {mode: count for mode, count in modes.items() if mode != "RGB"}:
             kinds = ", ".join(f"{count} {mode}" for mode, count in sorted(other.items()))
             findings.note("D17", f"{sum(other.values())} images are not RGB ({kinds}): converted when read")
@@ -95,17 +97,49 @@ def _counts(data: ImageData) -> list[str]:
     return lines
 
 
-def _decode_all(data: ImageData, findings: Findings, progress: Progress) -> Counter[str]:
-    """Decode every file, several at once; D09 for each that cannot be. Number of images by colour mode."""
+def _check_repeated(data: ImageData, digests: list[bytes], findings: Findings) -> None:
+    """D21: pictures, pixel by pixel the same, that stand in both halves, or under two classes. digests: of the training
+    images, then of the test images; empty where one cannot be read."""
+    labels = np.concatenate([data.train.labels, data.test.labels])
+    places: dict[bytes, list[int]] = {}
+    for row, digest in enumerate(digests):
+        if digest:
+            places.setdefault(digest, []).append(row)
+    groups = [rows for rows in places.values() if len(rows) > 1]
+    first_test = len(data.train)
+    both = [rows for rows in groups if rows[0] < first_test <= rows[-1]]
+    classes = [rows for rows in groups if len({int(labels[row]) for row in rows}) > 1]
+    for found, where in ((both, "in train and in test"), (classes, "under more than one class")):
+        if found:
+            examples = some([" = ".join(_place(data, row) for row in rows[:2]) for rows in found], 3)
+            stand = "stands" if len(found) == 1 else "stand"
+            findings.warn("D21", f"{_plural(len(found), 'picture')} {stand} {where}: {examples}")
+
+
+def _place(data: ImageData, row: int) -> str:
+    half, split = ("train", data.train) if row < len(data.train) else ("test", data.test)
+    row -= 0 if half == "train" else len(data.train)
+    image = split.images[row]
+    name = image.name if isinstance(image, Path) else f"number {row}"
+    return f"{half}/{data.class_names[split.labels[row]]}/{name}"
+
+
+def _decode_all(data: ImageData, findings: Findings, progress: Progress) -> tuple[Counter[str], list[bytes]]:
+    """Decode every file, several at once; D09 for each that cannot be. (Number of images by colour mode, digests of the
+    pixels of all images)."""
+    if isinstance(data.train.images, np.ndarray) and isinstance(data.test.images, np.ndarray):
+        return Counter(), [_digest(np.asarray(image)) for split in (data.train, data.test) for image in split.images]
+    digests = []
     paths = [path for split in (data.train, data.test) for path in _files(split)]
     modes: Counter[str] = Counter()
     with ThreadPoolExecutor(available_cpus()) as pool:
-        for path, (mode, fault) in zip(paths, progress(pool.map(_decode, paths), len(paths)), strict=True):
+        for mode, fault, digest in progress(pool.map(_decode, paths), len(paths)):
+            digests.append(digest)
             if fault is None:
                 modes[mode] += 1
             else:
-                findings.error("D09", f"image '{path}' cannot be read ({fault}). Replace or remove it")
-    return modes
+                findings.error("D09", fault)
+    return modes, digests
 
 
 def _files(split: Split) -> Iterator[Path]:
@@ -115,6 +149,11 @@ def _files(split: Split) -> Iterator[Path]:
 
 def _decode(path: Path) -> Decoded:
     try:
-        return to_rgb(path)[1], None
+        image, mode = to_rgb(path)
+        return mode, None, _digest(np.asarray(image))
     except Exception as error:  # noqa: BLE001 - decoders raise many types for damaged files
-        return "", str(error) or type(error).__name__
+        return "", unreadable(path, error), b""
+
+
+def _digest(image: np.ndarray) -> bytes:
+    return hashlib.blake2b(repr(image.shape).encode() + np.ascontiguousarray(image).tobytes(), digest_size=16).digest()

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from convs.backbones import make_backbone
+from convs.weights import ASKED, WeightOptions
 from utils.errors import ConfigError
 
 COMMAND = "check-weights"
@@ -22,10 +23,13 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", metavar="FILE", help="weight file")
     parser.add_argument("--backbone", required=True, metavar="NAME", help="as the key backbone: a name, or JSON")
     parser.add_argument("--image-size", type=int, metavar="N", help="pixels a side")
+    parser.add_argument("--entry", metavar="NAME", help="as the key weights_entry: which network of the file")
+    parser.add_argument("--resample-patch", action="store_true", help="as the key resample_patch")
 
 
 def main(options: argparse.Namespace) -> int:
-    print(check_file(_spec(options.backbone), options.file, options.image_size))
+    how = WeightOptions(options.entry, options.resample_patch)
+    print(check_file(_spec(options.backbone), options.file, options.image_size, how))
     return 0
 
 
@@ -56,11 +60,13 @@ def fingerprint(model: nn.Module, size: int) -> tuple[str, list[float]]:
     return digest[:16], [float(value) for value in np.round(features.reshape(-1)[:4], DECIMALS)]
 
 
-def check_file(spec: str | Mapping[str, Any], weights: str, image_size: int | None) -> str:
+def check_file(
+    spec: str | Mapping[str, Any], weights: str, image_size: int | None, options: WeightOptions = ASKED
+) -> str:
     """What the command prints. Raises UserError when backbone and file do not fit."""
     if not isinstance(spec, str | Mapping) or not isinstance(image_size, int | None):
         raise ConfigError("check-weights", ['"backbone" must be a name or an object, "image_size" a whole number'])
-    backbone = make_backbone(spec, weights, image_size)
+    backbone = make_backbone(spec, weights, image_size, options)
     info, report = backbone.info, backbone.info.report
     digits, first = fingerprint(backbone, info.image_size)
     lines = [
@@ -69,7 +75,8 @@ def check_file(spec: str | Mapping[str, Any], weights: str, image_size: int | No
         f"backbone     {info.name}, {info.feature_dim} features, {info.image_size} px",
         f"matched      {100 * report.matched:.2f} % of the backbone's numbers",
         *(f"{label:<12} {', '.join(keys)}" for label, keys in
-          (("missing", report.missing), ("not used", report.unexpected)) if keys),
+          (("missing", report.missing), ("not used", report.unexpected), ("entry", (report.entry,)),
+           ("also there", report.others), ("done", report.done)) if any(keys)),
         f"fingerprint  {digits}  (first features {', '.join(f'{value:.4f}' for value in first)})",
     ]  # fmt: skip
     return "\n".join(lines)

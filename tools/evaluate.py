@@ -38,7 +38,7 @@ def main(options: argparse.Namespace) -> int:
     learner = restored(config, seed / "checkpoint" / "last.pt")
     found = evaluate(learner, manager.tested_after(manager[-1]))
     counts = np.array([len(task.test) for task in manager], dtype=float)
-    print(text(found, counts, result if options.data is None else None))
+    print(text(found, counts, manager.data.num_classes, result if options.data is None else None))
     return 0
 
 
@@ -54,20 +54,20 @@ def check_data(manager: trainer.DataManager, result: dict[str, Any], seed: Path,
         raise UserError(f"{manager.data.name} has other classes than the run in '{seed}', or in another order")
 
 
-def text(found: Evaluation, counts: np.ndarray, result: dict[str, Any] | None) -> str:
-    """A line per score; result: of the run, to say whether they are its own."""
+def text(found: Evaluation, counts: np.ndarray, classes: int, result: dict[str, Any] | None) -> str:
+    """A line per score; classes: those that can be answered. result: of the run, to say whether they are its own."""
     lines = []
     for name, correct in zip(found.names, found.correct, strict=True):
-        numbers = summarise_scores([name], correct[None, :, None], counts)
+        numbers = summarise_scores([name], correct[None, :, None], counts, classes)
         key = "last_acc" if name == found.names[0] else f"last_acc_{name}"
         own = ""
+        top = f"  top five {numbers['last_acc_top5']:.2f}" if "last_acc_top5" in numbers else ""
         if result is not None:
             same = numbers["last_acc"] == result[key]
             own = "  as the run's result.json" if same else f"  but {result[key]} in the run's result.json"
         tasks = "  ".join("-" if value is None else f"{value:.2f}" for value in numbers["acc"][0])
         lines += [
-            f"{name:<8} accuracy {numbers['last_acc']:.2f}  task known {numbers['last_acc_task_il']:.2f}  "
-            f"top five {numbers['last_acc_top5']:.2f}{own}",
+            f"{name:<8} accuracy {numbers['last_acc']:.2f}  task known {numbers['last_acc_task_il']:.2f}{top}{own}",
             f"{'':<8} by task  {tasks}",
         ]
     return "\n".join(lines)

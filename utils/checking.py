@@ -12,8 +12,8 @@ from pydantic_core import to_jsonable_python
 
 from utils.config import RunConfig, TrainConfig
 from utils.errors import ConfigError, did_you_mean
-from utils.files import expanded
 from utils.keys import allowed, condition_text, conditions, holds
+from utils.storage import expanded
 
 # Keys of the older toolboxes and of version 0.1 -> what they may be called here, the first that the learner has.
 RENAMED = {

@@ -1,7 +1,7 @@
 """Checkpoints that survive a kill, and say when they are damaged or another run's.
 
-Written in one step (`utils.files.replace_file`); read without executing code. A checkpoint is torch's own zip file with
-a comment at its end: a JSON object of its identity and the SHA-256 of everything before the comment, which torch itself
+Written in one step (`utils.storage`); read without executing code. A checkpoint is torch's own zip file with a comment
+at its end: a JSON object of its identity and the SHA-256 of everything before the comment, which torch itself
 does not check.
 """
 
@@ -19,7 +19,7 @@ from typing import IO, Any
 import torch
 
 from utils.errors import UserError
-from utils.files import replace_file
+from utils.storage import replace_file
 from utils.version import VERSION
 
 FORMAT = 3

@@ -12,7 +12,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
 
-from utils.keys import key
+from utils.keys import GIVEN, key
 
 Count = Annotated[int, Field(ge=1)]
 Whole = Annotated[int, Field(ge=0)]
@@ -59,6 +59,12 @@ class RunConfig(BaseModel):
     )
     shuffle: bool = key(True, "permute the classes by class_order_seed; false: natural order")
     class_order_seed: Whole | None = key(None, "seed of the class order; default: seed", only={"shuffle": True})
+    class_order: tuple[Whole, ...] | None = key(
+        None,
+        "the classes in the order in which they come, by their numbers in the data set, each once: instead of a "
+        "shuffle; the same for every seed",
+        min_length=1,
+    )
     domain_order: tuple[str, ...] | None = key(
         None, "order of the domains of a domain-incremental stream; default: the data set's", min_length=1
     )
@@ -70,6 +76,15 @@ class RunConfig(BaseModel):
     )
 
     weights: str | None = key(None, 'file (.npz, .pth, .safetensors) or "random"; default: the weights of the timm tag')
+    weights_entry: str | None = key(
+        None,
+        'which network of the weight file: the names that lead to it ("model_ema", "teacher", "momentum_encoder"), or '
+        '"raw", "ema"; default: the one that its authors evaluate, said in the report',
+        only={"weights": GIVEN},
+    )
+    resample_patch: bool = key(
+        False, "resample a patch embedding of another size to the backbone's", only={"weights": GIVEN}
+    )
     data_root: str | None = key(None, "where data sets lie; default: $PALIMPSEST_DATA, then ~/.cache/palimpsest/data")
     split: str = key(
         "folder",
@@ -79,6 +94,11 @@ class RunConfig(BaseModel):
     )
     validation: Annotated[float, Field(ge=0, lt=1)] = key(
         0.0, "share of each class's training images kept apart for choices, drawn by seed; at least one"
+    )
+    on_bad_image: Literal["error", "skip"] = key(
+        "error",
+        '"skip": leave out image files that cannot be read, counted and listed in result.json; every file is decoded '
+        "once before the run",
     )
     evaluate_on: Literal["test", "val"] = key(
         "test", '"val": every reported accuracy is on the part that "validation" keeps apart'
@@ -113,7 +133,9 @@ class RunConfig(BaseModel):
 
     device: str = key("auto", "auto, cpu, cuda or cuda:1", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
     precision: Literal["auto", "fp32", "tf32", "bf16"] = key(
-        "auto", "auto: bf16 on CUDA cards that compute in it, else fp32; tf32: fp32 with products of 19 bits on CUDA"
+        "auto",
+        "auto: bf16 on CUDA cards that compute in it, else fp32 (with upstream: fp32); tf32: fp32 with products of 19 "
+        "bits on CUDA",
     )
     deterministic: bool = key(False, "on CUDA: the same digits again after a stop, at a cost (docs/costs.md)")
     num_workers: Whole | None = key(None, "loader processes; default: chosen from machine and data")
@@ -139,16 +161,24 @@ class RunConfig(BaseModel):
     )
 
     def implied(self) -> dict[str, Any]:
-        """Values that others bring along; a key that the user names wins."""
-        return {}
+        """Values that others bring along; a key that the user names wins. The references compute in fp32."""
+        return {"precision": "fp32"} if self.upstream else {}
 
     def faults(self) -> Iterator[tuple[str, str]]:
         """(key, sentence) for keys that contradict one another; `self.names(key)` asks what the user wrote."""
         sizes = [name for name in ("init_cls", "increment") if getattr(self, name) is not None]
         if self.task_sizes is not None and sizes:
             yield "task_sizes", f"contradicts {_quoted(sizes)}: give either the list or the two numbers"
+        if self.class_order is not None:
+            for name in ("shuffle", "class_order_seed"):
+                if self.names(name) and getattr(self, name) is not False:
+                    yield name, 'contradicts "class_order", which is an order already: drop one of the two'
         if self.init_cls is not None and self.increment is None and self.task_sizes is None:
             yield "init_cls", 'needs "increment", the classes of every later task'
+        if self.weights == "random":
+            for name in ("weights_entry", "resample_patch"):
+                if getattr(self, name):
+                    yield name, 'has no effect where "weights" is "random": drop it, or name a file'
         if self.evaluate_on == "val" and not self.validation:
             yield "evaluate_on", 'needs "validation", the share of the training images to evaluate on'
 

@@ -1,109 +1,130 @@
-"""Files that are replaced in one step, put aside, or held: what a kill, a full disk or a second run may not break."""
+"""What a file is, from its first bytes, so that a reader's complaint can name the likely cause."""
 
-import json
-import logging
 import os
-import socket
-import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
 
-from utils.errors import UserError
+import numpy as np
 
-log = logging.getLogger(__name__)
+from utils.errors import UserError, did_you_mean, reason
 
-# What crashed runs, editors, desktops and network file systems leave behind: nobody's results.
-LEFTOVERS = (".*", "*.tmp", "*~", "Thumbs.db", "desktop.ini", "slurm-*.out")
+# (how a file begins, what it is then, what to do about it)
+_MARKS: tuple[tuple[bytes, str, str], ...] = (
+    (b"version https://git-lfs", "a Git LFS pointer, not the file itself", "fetch the file: git lfs pull"),
+    (b"<!doctype html", "an HTML page", "the download gave a web page: fetch the file itself"),
+    (b"<html", "an HTML page", "the download gave a web page: fetch the file itself"),
+    (b"<?xml", "an XML page", "the download gave a message: fetch the file itself"),
+    (b"\x1f\x8b", "a gzip archive", "unpack it"),
+    (b"BZh", "a bzip2 archive", "unpack it"),
+    (b"\xfd7zXZ", "an xz archive", "unpack it"),
+    (b"7z\xbc\xaf", "a 7z archive", "unpack it"),
+    (b"Rar!", "a RAR archive", "unpack it"),
+    (b"\x89HDF", "an HDF5 file", "convert it"),
+    (b"\x93NUMPY", "a single NumPy array", "save it as npz, by name"),
+    (b"%PDF", "a PDF document", "name another file"),
+    (b"GGUF", "a GGUF file", "convert it"),
+)
+_IMAGES = (
+    (b"\x89PNG", "a PNG image", "name another file"),
+    (b"\xff\xd8\xff", "a JPEG image", "name another file"),
+)
+_KINDS = (
+    (stat.S_ISDIR, "a folder"),
+    (stat.S_ISFIFO, "a named pipe"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+)
 
 
-def expanded(path: Path | str) -> Path:
-    """With "~" as the home it names. Raises UserError for the home of nobody."""
+def require_file(path: Path, what: str, error: type[UserError]) -> None:
+    """Raises `error` when `path` is no regular file with something in it: nothing else is opened, since a pipe would be
+    waited for."""
     try:
-        return Path(path).expanduser()
-    except RuntimeError:
-        raise UserError(f"'{path}': there is no such home folder. Write the path out") from None
+        info = path.stat()
+    except FileNotFoundError:
+        raise error(f"{what}: no such file: {path}{_near(path)}") from None
+    except (OSError, ValueError) as fault:  # ValueError: a NUL in the name
+        raise error(f"{what} '{path}' cannot be read ({reason(fault)}). Name a file that exists") from None
+    if kind := special(info.st_mode):
+        raise error(f"{what} '{path}' is {kind}: name a file")
+    if not info.st_size:
+        raise error(f"{what} '{path}' is empty (0 bytes): fetch it again")
+    if not os.access(path, os.R_OK):
+        raise error(f"{what} '{path}' cannot be read (Permission denied). Change its permissions")
 
 
-def replace_file(path: Path, content: Callable[[IO[bytes]], object]) -> None:
-    """Replace a file by what `content(file)` writes, in one step: a kill leaves the old one or the new one.
-
-    The temporary name is new and no link is followed; it goes away where the disk is full.
-    """
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    temporary = Path(name)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            content(file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.chmod(0o666 & ~_umask())  # temporary files are private otherwise
-        temporary.replace(path)
-    except BaseException:
-        with suppress(OSError):
-            temporary.unlink()
-        raise
-    sync_folder(path.parent)
+def special(mode: int) -> str | None:
+    """What a path is that is no regular file, in words; None for a regular file."""
+    if stat.S_ISREG(mode):
+        return None
+    return next((words for test, words in _KINDS if test(mode)), "no file")
 
 
-def sync_folder(folder: Path) -> None:
-    """Make a renaming last, where the platform can."""
-    with suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+def likely_cause(path: Path, images: bool = True) -> str | None:
+    """ "it is a Git LFS pointer, not the file itself: fetch the file: git lfs pull", where the first bytes tell.
+    images: whether an image is the wrong kind of file."""
+    begin = first_bytes(path)
+    plain = begin.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    for mark, kind, remedy in (*_MARKS, *(_IMAGES if images else ())):
+        if begin.startswith(mark) or plain.startswith(mark.lower()):
+            return f"it is {kind}: {remedy}"
+    if not begin.strip(b"\x00"):
+        return "it holds nothing but zeros, as a download that was cut short leaves: fetch it again"
+    return None
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def put_aside(path: Path, why: str) -> None:
-    """Rename a damaged file, and say so: name.damaged, name.damaged2, ..."""
-    for number in range(1, 1000):
-        other = path.with_name(f"{path.name}.damaged{number if number > 1 else ''}")
-        if not os.path.lexists(other):
-            path.rename(other)
-            log.warning("'%s' is damaged (%s): put aside as %s", path, why, other.name)
-            return
+def first_bytes(path: Path, count: int = 512) -> bytes:
+    with path.open("rb") as file:
+        return file.read(count)
 
 
 @contextmanager
-def held(folder: Path) -> Iterator[None]:
-    """The folder is this process's while the block runs; the kernel lets go of it, however the process ends.
-
-    Raises UserError naming who holds it.
-    """
+def told(what: str, path: Path, error: type[UserError], kind: str, remedy: str) -> Iterator[None]:
+    """Whatever a reader raises inside becomes one sentence: what cannot be read as which kind, why, the likely cause or
+    a remedy."""
     try:
-        import fcntl
-    except ImportError:  # not on every platform
         yield
-        return
-    # Not truncated: it names the holder. Locks of this kind are not handed on to loader processes.
-    with open(os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "r+", encoding="utf-8") as file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"'{folder}' is in use by {_holder(file.read())}. Wait for it, stop it, or choose another folder with "
-                "--output DIR"
-            ) from None
-        except OSError as error:  # a file system without locks
-            log.warning("'%s' cannot be locked (%s): do not start a second run in it", folder, error.strerror)
-        file.truncate(0)
-        file.write(json.dumps({"host": socket.gethostname(), "process": os.getpid()}))
-        file.flush()
-        yield
+    except UserError:
+        raise
+    except Exception as fault:  # noqa: BLE001 - readers raise many types for damaged files, MemoryError among them
+        cause = likely_cause(path)
+        why = f"cannot be read as {kind} ({reason(fault)})"
+        raise error(f"{what} '{path}' {why}. {_sentence(cause or remedy)}") from None
 
 
-def _holder(text: str) -> str:
+def npz_headers(path: Path) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+    """Shape and type of each array of an npz, without unpacking any. Raises what zipfile and numpy raise."""
+    import zipfile
+
+    found = {}
+    with zipfile.ZipFile(path) as archive:
+        for member in archive.namelist():
+            if not member.endswith(".npy"):
+                continue
+            with archive.open(member) as file:
+                version = np.lib.format.read_magic(file)
+                read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+                shape, _, dtype = read(file)
+            found[member[: -len(".npy")]] = shape, dtype
+    return found
+
+
+def num_bytes(shape: tuple[int, ...], dtype: np.dtype) -> int:
+    size = dtype.itemsize
+    for side in shape:
+        size *= side
+    return size
+
+
+def _near(path: Path) -> str:
     try:
-        found: Any = json.loads(text)
-        return f"process {found['process']} on {found['host']}"
-    except (ValueError, TypeError, KeyError):
-        return "another process"
+        return did_you_mean(path.name, (other.name for other in path.parent.iterdir()))
+    except (OSError, ValueError):
+        return ""
+
+
+def _sentence(text: str) -> str:
+    return text[:1].upper() + text[1:]

@@ -10,9 +10,9 @@ from typing import Any
 from utils import checkpoint
 from utils.config import RunConfig
 from utils.errors import UserError
-from utils.files import LEFTOVERS, put_aside
 from utils.plots import plot_seeds
 from utils.results import summarise_seeds, summary_text, write_json, write_text
+from utils.storage import LEFTOVERS, put_aside
 
 Weights = tuple[str | None, str | None]  # name of a weight file, its hash
 

@@ -71,16 +71,18 @@ def summarise(correct: np.ndarray, correct_task_il: np.ndarray, count: np.ndarra
     }
 
 
-def summarise_scores(names: Sequence[str], correct: np.ndarray, count: np.ndarray) -> dict[str, Any]:
+def summarise_scores(names: Sequence[str], correct: np.ndarray, count: np.ndarray, classes: int) -> dict[str, Any]:
     """Of every score: the main one's numbers under their own names, those of the others with "_<name>" behind them.
 
-    correct (S, 3, R, T): right among all classes, with the task known, among the five best.
+    correct (S, 3, R, T): right among all classes, with the task known, among the five best. classes: seen so far; up to
+    five, everything is among the five best, and the two numbers are left out.
     """
     found: dict[str, Any] = {"scores": list(names)}
     for number, (name, (class_il, task_il, top5)) in enumerate(zip(names, correct, strict=True)):
         curve = pooled_curve(top5, count)
         numbers = summarise(class_il, task_il, count)
-        numbers |= {"last_acc_top5": float(curve[-1]), "avg_acc_top5": float(curve.mean())}
+        if classes > 5:
+            numbers |= {"last_acc_top5": float(curve[-1]), "avg_acc_top5": float(curve.mean())}
         found |= {f"{key}_{name}" if number else key: value for key, value in numbers.items()}
     return found
 

@@ -1,7 +1,7 @@
 """Tables from name to object that fill themselves: a new learner or data set edits no central list."""
 
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Generic, TypeVar
 
 from utils.errors import UserError, did_you_mean
@@ -15,8 +15,9 @@ class Registry(Generic[T]):
     kind: what the table holds, as the error sentence names it ("learner", "data set").
     """
 
-    def __init__(self, kind: str):
-        self.kind = kind
+    def __init__(self, kind: str, also: Sequence[str] = ()):
+        """also: names that stand for themselves and something behind them ("npz:FILE"), told with the others."""
+        self.kind, self._also = kind, tuple(also)
         self._table: dict[str, T] = {}
 
     def register(self, name: str) -> Callable[[T], T]:
@@ -41,8 +42,10 @@ class Registry(Generic[T]):
 
     def unknown(self, name: str) -> str:
         """The sentence that answers an unknown name."""
-        near = did_you_mean(name, self._table)
-        return f'unknown {self.kind} "{name}"{near or "."} Known: {", ".join(self)}'
+        near = did_you_mean(name, [*self._table, *(form.partition(":")[0] for form in self._also)])
+        for form in self._also:
+            near = near.replace(f'"{form.partition(":")[0]}"', f'"{form}"')
+        return f'unknown {self.kind} "{name}"{near or "."} Known: {", ".join([*self, *self._also])}'
 
 
 def imported(name: str, kind: str) -> Any:

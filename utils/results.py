@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from utils.errors import UserError
-from utils.files import put_aside, replace_file
+from utils.storage import put_aside, replace_file
 
 METRICS = (
     "last_acc", "avg_acc", "last_acc_task_il", "avg_acc_task_il", "forgetting", "bwt", "last_probe", "avg_probe",

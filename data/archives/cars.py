@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from data.checks import Findings, some
+from data.checks import Findings, found_in, some
 from data.layouts import (
     HALVES,
     LAYOUTS,
@@ -26,10 +26,21 @@ SPLIT_FOLDERS = "train/<class>/ and test/<class>/"
 
 def cars(row: Row, place: Path, options: Options, findings: Findings) -> ImageData | None:
     """cars_annos.mat with car_ims/ (field `test`: 1 = test), or cars_train/, cars_test/ with devkit/*.mat; or class
-    folders. Classes in the order of their official numbers."""
+    folders. Classes in the order of their official numbers. Kaggle's copies double the folders
+    (cars_train/cars_train/)."""
     whole, halves = _car_lists(place)
+    if whole is not None and entry(place, "car_ims") is None and entry(place, "cars_train") is not None:
+        whole = None  # it numbers the pictures of another archive
     if whole is None and not any(halves.values()):
-        return class_folders(row, place, options, findings)
+        if entry(place, "cars_train", "cars_test") is None:
+            return class_folders(row, place, options, findings)
+        findings.error(
+            "D02",
+            f"'{place}' holds pictures and no labels, as a copy of Kaggle's does: put devkit/ (car_devkit.tgz) with "
+            f"cars_train_annos.mat, cars_meta.mat and cars_test_annos_withlabels.mat beside cars_train/ and cars_test/"
+            f"; found: {found_in(place)}",
+        )
+        return None
     if options.split != "folder":
         findings.error("D03", f'the official .mat files hold the split: split must be "folder", is "{options.split}"')
         return None
@@ -39,6 +50,8 @@ def cars(row: Row, place: Path, options: Options, findings: Findings) -> ImageDa
         names = [_text(name) for name in _read_mat(whole, "class_names", findings)]
     else:
         found, names = _read_devkit(place, halves, findings)
+        if any(path.parent.name == path.parent.parent.name for path, *_ in found):
+            findings.note("D04", "the pictures lie one level deeper (cars_train/cars_train/): using them")
     wrong = [f"{path.name}: class {label}" for path, label, _ in found if not 1 <= label <= len(names)]
     missing = sorted({path.parent for path, *_ in found if not path.parent.is_dir()})
     if missing:
@@ -59,18 +72,30 @@ def cars(row: Row, place: Path, options: Options, findings: Findings) -> ImageDa
 
 def _car_lists(place: Path) -> tuple[Path | None, dict[str, Path | None]]:
     """(cars_annos.mat, {"train": .., "test": ..} annotation files of the devkit)."""
-    test = ("devkit/cars_test_annos_withlabels.mat", "cars_test_annos_withlabels.mat")
     halves = {
-        "train": entry(place, "devkit/cars_train_annos.mat", "cars_train_annos.mat"),
-        "test": entry(place, *test, "devkit/cars_test_annos.mat", "cars_test_annos.mat"),
+        "train": _devkit(place, "cars_train_annos.mat"),
+        "test": _devkit(
+            place, "cars_test_annos_withlabels.mat", "cars_test_annos_withlabels (1).mat", "cars_test_annos.mat"
+        ),
     }
     return entry(place, "cars_annos.mat"), halves
+
+
+def _devkit(place: Path, *names: str) -> Path | None:
+    """The first of these files, in the folders where copies keep it."""
+    folders = ("devkit/", "", "car_devkit/devkit/", "car_devkit/")
+    return entry(place, *(folder + name for name in names for folder in folders))
+
+
+def _pictures(place: Path, half: str) -> Path:
+    folder = entry(place, f"cars_{half}") or place / f"cars_{half}"
+    return entry(folder, f"cars_{half}") or folder
 
 
 def _read_devkit(
     place: Path, halves: Mapping[str, Path | None], findings: Findings
 ) -> tuple[list[tuple[Path, int, bool]], list[str]]:
-    meta = entry(place, "devkit/cars_meta.mat", "cars_meta.mat")
+    meta = _devkit(place, "cars_meta.mat")
     found: list[tuple[Path, int, bool]] = []
     names = [_text(name) for name in _read_mat(meta, "class_names", findings)] if meta is not None else []
     for name, path in (("cars_meta", meta), ("cars_train_annos", halves["train"]), ("cars_test_annos", halves["test"])):
@@ -85,7 +110,8 @@ def _read_devkit(
                 "published as a file of their own)",
             )
             continue
-        found += [(place / f"cars_{half}" / _text(r["fname"]), int(r["class"]), half == "test") for r in records]
+        folder = _pictures(place, half)
+        found += [(folder / _text(r["fname"]), int(r["class"]), half == "test") for r in records]
     return found, names
 
 
@@ -111,7 +137,8 @@ def _absent(paths: list[Path]) -> list[Path]:
 
 def _fits_cars(row: Row, place: Path) -> bool:
     whole, halves = _car_lists(place)
-    return whole is not None or any(halves.values()) or has_halves(row, place)
+    pictures = entry(place, "cars_train", "cars_test") is not None
+    return whole is not None or any(halves.values()) or pictures or has_halves(row, place)
 
 
 LAYOUTS["cars"] = Layout(cars, _fits_cars, whole=True)

@@ -37,10 +37,10 @@ def cub(row: Row, place: Path, options: Options, findings: Findings) -> ImageDat
         return None
     if row.classes != len(classes):
         findings.error("D05", f"expected {row.classes} class folders in images/, found {len(classes)}. Unpack again")
-    names, flags = ({n: v for n, v in _pairs(path)} for path in (lists[0], lists[2]) if path is not None)
+    faults: list[str] = []
+    names, flags = (_pairs(path, faults) for path in (lists[0], lists[2]) if path is not None)
     by_entry = {f"{name}/{path.name}": (name, path) for name, paths in classes.items() for path in paths}
     chosen: Chosen = {half: {name: [] for name in classes} for half in HALVES}
-    faults = []
     for line, (number, text) in enumerate(names.items(), 1):
         if text not in by_entry:
             faults.append(f"images.txt line {line}: no such image '{text}'")
@@ -53,9 +53,17 @@ def cub(row: Row, place: Path, options: Options, findings: Findings) -> ImageDat
     return None if findings.of("error") else image_data(row, chosen, "official list", findings)
 
 
-def _pairs(path: Path) -> list[tuple[str, str]]:
-    lines = (line.split(maxsplit=1) for line in path.read_text(encoding="utf-8").splitlines())
-    return [(words[0], words[1].strip()) for words in lines if len(words) == 2]
+def _pairs(path: Path, faults: list[str]) -> dict[str, str]:
+    """Number -> what stands behind it; lines that are no such pair, and numbers that stand twice, are faults."""
+    found: dict[str, str] = {}
+    for line, text in enumerate(path.read_text(encoding="utf-8-sig", errors="replace").splitlines(), 1):
+        words = text.split(maxsplit=1)
+        if len(words) == 2 and words[0].isdecimal() and words[0] not in found:
+            found[words[0]] = words[1].strip()
+        elif words:
+            why = "stands twice" if len(words) == 2 and words[0] in found else "not understood"
+            faults.append(f"{path.name} line {line}: '{text[:60]}' {why}")
+    return found
 
 
 def _fits_cub(row: Row, place: Path) -> bool:

@@ -68,10 +68,12 @@ def _tiny_arrays(row: Row, folder: Path, findings: Findings) -> ImageData | None
             for number in range(1, 21):
                 path = folder / f"{letter}_{name}_{number:02d}.npy"
                 try:
+                    if not path.is_file():
+                        raise FileNotFoundError("no such file")
                     arrays.append(
                         _pixels(np.load(path)) if letter == "x" else np.load(path).astype(np.int64).reshape(-1)
                     )
-                except (OSError, ValueError, EOFError) as error:
+                except (OSError, ValueError, EOFError, MemoryError) as error:
                     findings.error("D15", f"'{path}' is missing or damaged ({error}). Make the 20 parts again")
         if not findings.of("error"):
             splits[half] = Split(np.concatenate(parts["x"]), np.concatenate(parts["y"]))

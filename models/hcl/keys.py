@@ -31,8 +31,8 @@ class HCLConfig(TrainConfig):
     networks: tuple[str | dict[str, Any] | None, ...] | None = key(
         None,
         'backbone of each task: a name, null (the run\'s "backbone" and "weights") or {"name", "weights", '
-        '"image_size", "optimizer", "lrate", "weight_decay", "momentum", constructor arguments}; the last serves '
-        "all later tasks; default: the run's backbone for all",
+        '"weights_entry", "resample_patch", "image_size", "optimizer", "lrate", "weight_decay", "momentum", '
+        "constructor arguments}; the last serves all later tasks; default: the run's backbone for all",
         min_length=1,
     )
     lrate: Rate = redefault(TrainConfig, "lrate", 0.03)
@@ -106,7 +106,7 @@ class HCLConfig(TrainConfig):
             getattr(self, name) if self.names(name) else values.get(name, getattr(self, name))
             for name in ("select", "select_on")
         ]
-        return values | ({"validation": 0.1} if chosen[0] != "last" and chosen[1] == "val" else {})
+        return super().implied() | values | ({"validation": 0.1} if chosen[0] != "last" and chosen[1] == "val" else {})
 
     def faults(self) -> Iterator[tuple[str, str]]:
         yield from super().faults()

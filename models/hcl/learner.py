@@ -106,7 +106,7 @@ class HCL(Learner):
                     self.synthetic.targets.repeat_pass(self.teacher)
                 taught = self.teacher(current)
         if self.memory is not None and len(self.memory):
-            return Inputs(current, taught, *self._replay(len(targets), images.device)), targets
+            return Inputs(current, taught, *self._replay(images.device)), targets
         return Inputs(current, taught), targets
 
     def loss(self, net: nn.Module, inputs: Inputs, targets: Tensor) -> Tensor:
@@ -197,10 +197,10 @@ class HCL(Learner):
     def _blank_teacher(self) -> Network:
         return self._student(self._task_of_teacher)
 
-    def _replay(self, count: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Each process reads the same images: their loss counts once."""
+    def _replay(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """A whole batch, also beside an epoch's smaller last one; each process reads it, and its loss counts once."""
         assert self.memory is not None
-        images, labels = self.memory.sample(min(count * self.runtime.world, self.config.batch_size))
+        images, labels = self.memory.sample(self.config.batch_size)
         return self._replay_view(images.to(device)), labels.to(device)
 
     def _distil(self, student: Tensor, teacher: Tensor) -> Tensor:

@@ -7,10 +7,12 @@ from typing import Any
 from torch import nn
 
 from convs.backbones import NAMED, Backbone, BackboneMaker
+from convs.weights import ASKED, WeightOptions
 from utils.errors import did_you_mean
 
 TRAINING = {"optimizer": str, "lrate": float, "weight_decay": float, "momentum": float}
-OWN = {"weights": str, "image_size": int, **TRAINING}
+READING = {"weights_entry": str, "resample_patch": bool}
+OWN = {"weights": str, "image_size": int, **READING, **TRAINING}
 OPTIMIZERS = ("sgd", "adam", "adamw")
 
 
@@ -18,12 +20,13 @@ OPTIMIZERS = ("sgd", "adam", "adamw")
 class NetworkEntry:
     """backbone: as the config key, None: the run's own, with its weights. weights: file, "random", or None: those of
     the tag where the name has one, else random. image_size: what the network sees, whatever the data have.
-    training: the config keys that this entry overrides.
+    options: how the file is read, as the keys of the same names. training: the config keys that this entry overrides.
     """
 
     backbone: str | dict[str, Any] | None
     weights: str | None = None
     image_size: int | None = None
+    options: WeightOptions = ASKED
     training: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -37,6 +40,7 @@ class NetworkEntry:
             backbone,
             _weights(backbone, value.get("weights")),
             value.get("image_size"),
+            WeightOptions(value.get("weights_entry"), value.get("resample_patch", False)),
             {key: value[key] for key in TRAINING if key in value},
         )
 
@@ -50,7 +54,8 @@ class NetworkEntry:
             return make_backbone(), None
         arguments = {"name": self.backbone} if isinstance(self.backbone, str) else self.backbone
         fixed = self.image_size is not None or arguments.get("name") in NAMED or "img_size" in arguments
-        backbone = make_backbone(self.backbone, self.weights, self.image_size if fixed else data_size)
+        size = self.image_size if fixed else data_size
+        backbone = make_backbone(self.backbone, self.weights, size, self.options)
         return backbone, backbone.info.image_size if fixed else None
 
 
@@ -66,6 +71,12 @@ def entry_faults(networks: Sequence[Any]) -> Iterator[str]:
         for key, kind in OWN.items():
             item = value.get(key)
             number = kind in (int, float)
+            if key in READING and item and value.get("weights") in (None, "random"):
+                yield f'{where}: "{key}" has no effect without "weights", a file: drop it'
+            if kind is bool:
+                if not isinstance(item, bool | None):
+                    yield f'{where}: "{key}" must be true or false, got {item!r}'
+                continue
             right = isinstance(item, int if kind is int else (int, float)) if number else isinstance(item, kind)
             if item is not None and (not right or isinstance(item, bool) or (number and item < 0)):
                 yield f'{where}: "{key}" must be {"a number >= 0" if number else "text"}, got {item!r}'

@@ -104,7 +104,7 @@ class RAA(Learner):
         fixed_torch_seeds = {True: 1}
 
         def implied(self) -> dict[str, Any]:
-            return (UPSTREAM if self.upstream else {}) | (SINGLE if self.branches == 1 else {})
+            return super().implied() | (UPSTREAM if self.upstream else {}) | (SINGLE if self.branches == 1 else {})
 
         def faults(self) -> Iterator[tuple[str, str]]:
             yield from super().faults()

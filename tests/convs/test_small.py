@@ -37,6 +37,48 @@ def test_counts_of_the_reference_networks(name):
             assert found == [row["batchnorm2d"], row["conv2d"], row["layernorm"]]
 
 
+def start_of(model: nn.Module) -> dict[tuple, list[tuple[float, ...]]]:
+    """(kind, is weight, shape) -> (mean, std, min, max) of each parameter."""
+    found: dict[tuple, list[tuple[float, ...]]] = {}
+    for module in model.modules():
+        kind = next((n for n, c in enumerate((nn.Conv2d, nn.Linear, nn.BatchNorm2d)) if isinstance(module, c)), 3)
+        for name, value in module.named_parameters(recurse=False):
+            key = kind, int(name == "weight"), (*value.shape, *[0] * (4 - value.dim()))
+            flat = value.detach().double()
+            std = float(flat.std(correction=0))
+            found.setdefault(key, []).append((float(flat.mean()), std, float(flat.min()), float(flat.max())))
+    return found
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("name", OURS)
+def test_networks_start_as_the_reference_networks_do(name):
+    """Every parameter but the head's, as multisets of statistics; constants exactly."""
+    arrays = reference("hcl/init")
+    theirs: dict[tuple, list[tuple[float, ...]]] = {}
+    for row, shape in enumerate(arrays[f"{name}/shape"].tolist()):
+        key = int(arrays[f"{name}/kind"][row]), int(arrays[f"{name}/is_weight"][row]), tuple(shape)
+        statistics = [float(arrays[f"{name}/{what}"][0, row]) for what in ("mean", "std", "min", "max")]
+        theirs.setdefault(key, []).append(tuple(statistics))
+    torch.manual_seed(0)
+    model = SMALL[OURS[name]](32)
+    width = model.num_features
+    for head in ((1, 1, (100, width, 0, 0)), (1, 0, (100, 0, 0, 0))):
+        assert len(theirs.pop(head)) == 1
+    ours = start_of(model)
+    assert {key: len(values) for key, values in ours.items()} == {key: len(values) for key, values in theirs.items()}
+    for key, values in ours.items():
+        count = np.prod([side for side in key[2] if side])
+        for mine, other in zip(
+            sorted(values, key=lambda v: v[1]), sorted(theirs[key], key=lambda v: v[1]), strict=True
+        ):
+            if other[2] == other[3]:
+                assert mine[2:] == other[2:], key
+                continue
+            assert abs(mine[1] - other[1]) <= (0.03 + 5 / count**0.5) * other[1], key
+            assert abs(mine[0] - other[0]) <= 2 * 6 * other[1] / count**0.5, key
+
+
 @pytest.mark.parametrize("size", [32, 64, 224])
 @pytest.mark.parametrize("name", SMALL)
 def test_every_network_runs_at_every_size(name, size):

@@ -177,7 +177,7 @@ def test_d08_too_few_images(vtab):
         path.unlink()
     train, test = codes("vtab", vtab)["D08"]
     assert "1 class with fewer than 2 images (a covariance needs 2): train/12" in train
-    assert "1 class with no images: test/9" in test
+    assert "1 class is empty (no images): test/9" in test
     findings = Findings("x")
     check_classes(np.array([0, 0, 1, 1]), np.array([0, 1]), ["a", "b"], findings)
     assert not findings.all

@@ -125,7 +125,8 @@ def test_faulty_lists_say_what_and_where(archive, tmp_path):
     assert "train.txt line 3: 'n01000000/art_0.jpg' stands twice (first train.txt line 1)" in fault(
         good + "n01000000/art_0.jpg\n"
     )
-    assert "names no images" in fault("nothing\n")
+    assert "train.txt line 1: not understood: 'nothing'" in fault("nothing\n")
+    assert "names no images" in fault("# nothing\n\n")
     assert "its name must hold 'train'" in fault(good, name="list.txt")
     assert 'is not {"train": [paths], "test": [paths]}' in fault('{"train": []}', name="list.json")
     assert "cannot be read (No such file or directory)" in fault(None, name="train_missing.txt")

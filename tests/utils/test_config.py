@@ -72,3 +72,11 @@ def test_the_schema_refuses_what_the_config_refuses(learner, tmp_path):
     for wrong in ({"lrte": 1}, {"epochs": "3"}, {"momentum": 2}, {"model_name": "other"}):
         with pytest.raises(jsonschema.ValidationError):
             jsonschema.validate(good | wrong, schema)
+
+
+@pytest.mark.parametrize("name", ["finetune", "hcl", "raa", "l2p", "ranpac", "slca"])
+def test_upstream_computes_in_fp32_unless_told_otherwise(tmp_path, name):
+    values = tiny_values(tmp_path, name, upstream=True)
+    assert config_from(values, source="test").precision == "fp32"
+    assert config_from(values | {"precision": "bf16"}, source="test").precision == "bf16"
+    assert config_from(values | {"upstream": False}, source="test").precision == "auto"

@@ -251,7 +251,7 @@ def fill_the_disk(patch, name):
     """From the third time that a file of this name is written, but for the summary, which is written once."""
     from pathlib import Path
 
-    from utils import files
+    from utils import storage
 
     written = iter(range(1000))
 
@@ -259,7 +259,7 @@ def fill_the_disk(patch, name):
         if path.name == name and next(written) >= (2 if name in ("epochs.jsonl", "last.pt") else 0):
             raise OSError(28, "No space left on device", str(path))
 
-    replace, opened = files.replace_file, Path.open
+    replace, opened = storage.replace_file, Path.open
 
     def replaced(path, content):
         def until_full(file):

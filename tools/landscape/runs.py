@@ -33,11 +33,11 @@ from tools.landscape.surfaces import Landscape
 from utils import checkpoint
 from utils.config import RunConfig
 from utils.errors import ConfigError, UserError
-from utils.files import replace_file
 from utils.folders import finished_result, seeds_below
 from utils.results import make_folder, write_json
 from utils.runtime import Runtime
 from utils.seed import folded, mix
+from utils.storage import replace_file
 
 log = logging.getLogger(__name__)
 

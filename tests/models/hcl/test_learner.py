@@ -13,6 +13,7 @@ from torch import nn
 
 import main
 import trainer
+from convs.backbones import BackboneMaker, make_backbone
 from data.loading import View
 from models.factory import config_from
 from models.hcl.inversion import Taps
@@ -228,6 +229,8 @@ def test_upstream_sets_every_value_that_is_not_given(tmp_path):
         ({"slack": 0.1}, '"slack" has no effect unless "select" is "slack"'),
         ({"validation": 0.0}, '"validation" is 0, but epochs are chosen on it'),
         ({"networks": [{"nam": "x"}]}, 'entry 0 needs "name".*did you mean "nam"'),
+        ({"networks": [{"name": "x", "weights_entry": "ema"}]}, 'entry 0: "weights_entry" has no effect without'),
+        ({"networks": [{"name": "x", "weights": "a", "resample_patch": 1}]}, '"resample_patch" must be true or false'),
         ({"networks": [{"name": "small_lenet", "optimizer": "adamv"}]}, '"optimizer" must be one of sgd, adam, adamw'),
         ({"networks": [{"name": "small_lenet", "lrate": "fast"}]}, '"lrate" must be a number'),
         ({"networks": 3}, '"networks" must be'),
@@ -436,3 +439,15 @@ def test_a_signal_in_the_inversion_saves_and_exits_with_3(tmp_path):
     _, saved = checkpoint.load(tmp_path / "cut" / "seed1993" / "checkpoint" / "last.pt")
     assert saved["record"]["phase"] == "start" and saved["learner"]["parts"]["synthetic"]["inversion"]["step"] > 100
     assert run(path, tmp_path / "cut", "--resume") == whole
+
+
+def test_an_entry_reads_its_weight_file_as_its_keys_say(tmp_path):
+    from models.hcl.networks import NetworkEntry
+
+    states = [make_backbone(TINY_VIT, "random", None).model.state_dict() for _ in range(2)]
+    torch.save({"model": states[0], "model_ema": states[1]}, tmp_path / "a.pth")
+    value = TINY_VIT | {"weights": str(tmp_path / "a.pth")}
+    maker = BackboneMaker(TINY_VIT, "random", None)
+    for entry, state in (({}, states[0]), ({"weights_entry": "model_ema"}, states[1])):
+        backbone, _ = NetworkEntry.read(value | entry).make(maker, 16)
+        assert torch.equal(backbone.model.cls_token, state["cls_token"])

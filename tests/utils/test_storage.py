@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from utils.errors import UserError
-from utils.files import expanded, held, put_aside, replace_file
+from utils.storage import expanded, held, put_aside, replace_file
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -53,7 +53,7 @@ def test_what_is_put_aside_takes_nothing_s_place(tmp_path, caplog):
 
 def test_a_folder_is_held_by_one_process_and_let_go_by_the_kernel(tmp_path):
     program = (
-        "import sys, pathlib; from utils.files import held\n"
+        "import sys, pathlib; from utils.storage import held\n"
         "with held(pathlib.Path(sys.argv[1])): print('mine', flush=True); sys.stdin.read()"
     )
     command = [sys.executable, "-c", program, str(tmp_path)]
