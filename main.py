@@ -15,6 +15,7 @@ import argparse
 import errno
 import logging
 import os
+import re
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -97,6 +98,15 @@ def guarded(action, *arguments) -> int:
     except BrokenPipeError:  # the reader, say `| head`, has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and not re.search(r"out of memory|can't allocate memory", str(error)):
+            raise
+        told = next(iter(str(error).splitlines()), "")[:300]
+        return _say(
+            f"the memory does not suffice ({told}): lower batch_size, test_batch_size or image_size, or the sizes that "
+            "the learner's keys ask for; --resume then continues",
+            2,
+        )
     except OSError as error:
         if error.errno not in OF_THE_MACHINE:
             raise

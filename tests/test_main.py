@@ -380,3 +380,27 @@ def test_a_stream_of_domains_evaluated_on_all_of_them(tmp_path):
     assert result["domains"] == ["domain 1", "domain 0"]
     assert None not in result["acc"][0] and len(result["acc"][0]) == 2
     assert result["curve"][0] == pytest.approx(np.mean(result["acc"][0]))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [MemoryError(), RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"),
+     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")],
+)  # fmt: skip
+def test_too_little_memory_is_a_sentence(error, tmp_path, capsys, monkeypatch):
+    def fail(*arguments, **keys):
+        raise error
+
+    monkeypatch.setattr("models.finetune.Finetune.predict", fail)
+    path = config_file(tmp_path, epochs=1)
+    assert main.main(["--config", str(path), "--output", str(tmp_path / "out")]) == 2
+    assert "the memory does not suffice" in capsys.readouterr().err
+
+
+def test_an_error_of_the_program_keeps_its_traceback(tmp_path, monkeypatch):
+    def fail(*arguments, **keys):
+        raise RuntimeError("shapes differ")
+
+    monkeypatch.setattr("models.finetune.Finetune.predict", fail)
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        main.main(["--config", str(config_file(tmp_path, epochs=1)), "--output", str(tmp_path / "out")])

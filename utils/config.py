@@ -113,7 +113,9 @@ class RunConfig(BaseModel):
         only={"cache": ("ram", "disk")},
     )
     cache_root: str | None = key(None, "where derived files lie; default: $PALIMPSEST_CACHE, then ~/.cache/palimpsest")
-    image_size: Count | None = key(None, "pixels a side; default: the input size of the backbone")
+    image_size: Annotated[int, Field(ge=1, le=8192)] | None = key(
+        None, "pixels a side; default: the input size of the backbone"
+    )
     augment_on: Literal["host", "device"] = key(
         "host",
         '"device": data sets in one array stay on the device and are cropped there, batch by batch: same '
