@@ -7,6 +7,7 @@ range [known_classes, total_classes).
 import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -197,7 +198,10 @@ class DataManager(Sequence[Task]):
             if config.augment_on == "device" and isinstance(split.images, np.ndarray)
         }
         self._labels = {half: to_new[split.labels] for half, split in self._splits.items()}
-        self._tasks = self._make_tasks(_held_out(self.data.train, config.validation, config.seeds[0]), config)
+        held_out = _held_out(self.data.train, config.validation, config.seeds[0])
+        if faults := list(_validation_faults(config, self.data, held_out)):
+            raise ConfigError(config.dataset, faults)
+        self._tasks = self._make_tasks(held_out, config)
 
     def __len__(self) -> int:
         return len(self._tasks)
@@ -295,21 +299,48 @@ def _held_out(train: Split, share: float, seed: int) -> np.ndarray:
 
 
 def _transform_faults(transforms: Mapping[Mode, Transform], data: ImageData) -> Iterator[str]:
-    """Sentences for recipes that crop more than there is, by the size of the first training image."""
-    first = data.train.images[0]
-    try:
-        size = stored_size(first) if isinstance(first, Path) else first.shape[1::-1]
-    except DataError:  # what is wrong with the file is said when it is read
-        return
+    """Sentences for recipes that crop more than there is, by the smallest image, whose size stands in its head."""
     for mode, transform in transforms.items():
-        try:
-            with torch.random.fork_rng(devices=[]):
-                transform(Image.new("RGB", size))
-        except ValueError:
+        images = data.test.images if mode == "test" else data.train.images
+        if not len(images) or _cuts(transform, (1, 1)):
+            continue  # it resizes first
+        size = min(_image_sizes(images), key=min, default=None)
+        if size is not None and not _cuts(transform, size):
             yield (
                 f'"{mode}_transform": {transform.name} cannot cut {transform.size} x {transform.size} pixels from '
                 f'the {size[0]} x {size[1]} of {data.name}: give "image_size", or a transform that resizes'
             )
+
+
+def _cuts(transform: Transform, size: tuple[int, int]) -> bool:
+    try:
+        with torch.random.fork_rng(devices=[]):
+            transform(Image.new("RGB", size))
+    except ValueError:
+        return False
+    return True
+
+
+def _image_sizes(images: Sequence[Any] | np.ndarray) -> Iterator[tuple[int, int]]:
+    """(width, height) of each image; of one where all lie in an array. What is wrong with a file is said when it is
+    read."""
+    if isinstance(images, np.ndarray):
+        yield images.shape[2], images.shape[1]
+        return
+    for path in images:
+        with suppress(DataError):
+            yield stored_size(path) if isinstance(path, Path) else path.shape[1::-1]
+
+
+def _validation_faults(config: RunConfig, data: ImageData, held_out: np.ndarray) -> Iterator[str]:
+    """A sentence where a class keeps no image apart: what is chosen on the others would be no number for it."""
+    if not config.validation:
+        return
+    labels = np.asarray(data.train.labels)
+    lacking = sorted(set(labels.tolist()) - set(labels[held_out].tolist()))
+    if lacking:
+        names = ", ".join(data.class_names[c] for c in lacking[:5])
+        yield f'"validation": {len(lacking)} classes have one training image each, none to keep apart ({names}): drop it'
 
 
 def _order_faults(order: Sequence[int], classes: int, name: str) -> Iterator[str]:

@@ -9,7 +9,7 @@ import torch
 from data.loading import Batch, loss_weight, training_batches
 from data.stream import DataManager, class_order, label_map, split_classes
 from models.factory import config_from
-from tests.conftest import reference, tiny_values, write_stream
+from tests.conftest import build_tiny, reference, tiny_values, write_stream
 from utils.errors import ConfigError
 
 
@@ -186,3 +186,30 @@ def test_inflora():
         np.testing.assert_array_equal(label_map(order), arrays[f"mapped_targets_n{classes}_seed{seed}"])
     for key, sizes in numbers(r"increments_n(\d+)_(\d+)_(\d+)", arrays):
         assert split_classes(*sizes) == arrays[key].tolist()
+
+
+@pytest.mark.parametrize(("name", "keys"), [("hcl", {}), ("finetune", {"validation": 0.3})])
+def test_a_class_that_keeps_no_image_apart_is_an_error_before_the_run(name, keys, tmp_path):
+    write_stream(tmp_path / "all.npz")
+    with np.load(tmp_path / "all.npz") as archive:
+        arrays = {key: archive[key] for key in archive.files}
+    rows = np.flatnonzero(arrays["y_train"] == 2)[1:]
+    arrays |= {key: np.delete(arrays[key], rows, axis=0) for key in ("x_train", "y_train")}
+    np.savez(tmp_path / "one.npz", **arrays)
+    with pytest.raises(ConfigError, match="1 classes have one training image each, none to keep apart \\(2\\)"):
+        build_tiny(tmp_path, name, dataset=f"npz:{tmp_path / 'one.npz'}", **keys)
+
+
+@pytest.mark.parametrize(("half", "recipe"), [("train", "train_transform"), ("test", "test_transform")])
+def test_a_recipe_is_tried_on_the_smallest_image(half, recipe, tmp_path):
+    from PIL import Image
+
+    for part in ("train", "test"):
+        for c in range(2):
+            folder = tmp_path / "images" / part / f"class{c}"
+            folder.mkdir(parents=True)
+            for i, size in enumerate(((40, 40), (40, 9 if part == half and c else 40))):
+                Image.new("RGB", size, (90 * c, 0, 0)).save(folder / f"{i}.png")
+    keys = {"dataset": f"folder:{tmp_path / 'images'}", "increment": 1, recipe: "pad_crop"}
+    with pytest.raises(ConfigError, match=f"{recipe}.*from the 40 x 9 of"):
+        build_tiny(tmp_path, "finetune", **keys, image_size=32)
