@@ -340,7 +340,8 @@ def _validation_faults(config: RunConfig, data: ImageData, held_out: np.ndarray)
     lacking = sorted(set(labels.tolist()) - set(labels[held_out].tolist()))
     if lacking:
         names = ", ".join(data.class_names[c] for c in lacking[:5])
-        yield f'"validation": {len(lacking)} classes have one training image each, none to keep apart ({names}): drop it'
+        found = f"{len(lacking)} classes have one training image each, none to keep apart"
+        yield f'"validation": {found} ({names}): drop it'
 
 
 def _order_faults(order: Sequence[int], classes: int, name: str) -> Iterator[str]:
