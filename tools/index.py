@@ -30,8 +30,11 @@ def write_index(folder: Path) -> None:
     (folder / "README.md").write_text(experiment_tables(folder), encoding="utf-8")
 
 
+NOT_EXPERIMENTS = frozenset({"schema", "tables"})  # folders of other JSON files below exps/
+
+
 def experiments(folder: Path) -> list[Path]:
-    return [path for path in sorted(folder.rglob("*.json")) if path.parent.name != "schema"]
+    return [path for path in sorted(folder.rglob("*.json")) if path.parent.name not in NOT_EXPERIMENTS]
 
 
 def experiment_tables(folder: Path) -> str:

@@ -9,6 +9,7 @@ from data.sources import SOURCES
 from data.transforms import RECIPES
 from models.base import LEARNERS
 from models.factory import BROKEN
+from tools.index import experiments
 
 COMMAND = "list"
 HELP = "learners, data sets, transforms, backbones, experiments"
@@ -45,9 +46,7 @@ def everything() -> str:
                 "timm's VisionTransformer with these arguments; any other timm architecture likewise",
             ),
         ],
-        "experiments": [
-            (str(path), "") for path in sorted(Path("exps").glob("**/*.json")) if "schema" not in path.parts
-        ],
+        "experiments": [(str(path), "") for path in experiments(Path("exps"))],
     }
     lines = []
     for title, rows in sections.items():

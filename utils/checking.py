@@ -10,6 +10,7 @@ from pydantic_core import to_jsonable_python
 
 from utils.config import RunConfig, TrainConfig
 from utils.errors import ConfigError, did_you_mean
+from utils.foreign import yaml_hint
 from utils.keys import allowed, condition_text, conditions, holds
 
 # Keys of the older toolboxes and of version 0.1 -> what they may be called here, the first that the learner has.
@@ -65,6 +66,8 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(text, object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
     except json.JSONDecodeError as error:
+        if path.suffix.lower() in (".yaml", ".yml"):
+            raise ConfigError(str(path), [yaml_hint(path, text)]) from None
         where = f"line {error.lineno}, column {error.colno}"
         raise ConfigError(str(path), [f"not valid JSON at {where}: {error.msg}"]) from None
     except ValueError as error:
