@@ -1,0 +1,162 @@
+"""The command: read the table, run what is missing, print and write what there is."""
+
+import argparse
+import logging
+import signal
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from tools.table.jobs import (
+    FINISHED,
+    STOPPED,
+    Job,
+    Outcome,
+    executor,
+    gpus,
+    job_of,
+    missing,
+    run_local,
+    run_submitted,
+)
+from tools.table.rows import collect, settle
+from tools.table.show import as_table, csv_table
+from tools.table.spec import TableFile, read_table
+from utils.checking import parse_set
+from utils.errors import UserError
+from utils.results import make_folder, write_text
+from utils.tables import SUFFIXES, Table
+
+log = logging.getLogger(__name__)
+
+
+def run(options: argparse.Namespace) -> int:
+    """0; 1 where a job failed. Raises UserError, and Interrupted when stopped while jobs ran."""
+    outputs = [*options.write, *(path for path in (options.figure, options.differences) if path is not None)]
+    check_outputs(options.write, [options.figure, options.differences], outputs)
+    if options.jobs is not None and options.jobs < 1:
+        raise UserError(f"--jobs must be at least 1, got {options.jobs}")
+    flags = {"device": options.device, "data_root": options.data_root}
+    given = parse_set(options.set) | {key: value for key, value in flags.items() if value is not None}
+    if "seed" in given:
+        raise UserError("--set seed: give --seeds, which every row takes")
+    table = read_table(options.file, options.output, given, options.rows, options.seeds)
+    failed: list[Outcome] = []
+    if options.run:
+        make_folder(options.output)
+        failed += launch(sweep_jobs(table), options)
+    table = settle(table, options.output)
+    if options.run:
+        failed += launch(row_jobs(table), options)
+    shown = collect(table)
+    for path in options.write:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, rendered(table, shown, SUFFIXES[path.suffix.lower()]))
+    draw(table, shown, options.figure, options.differences)
+    print(rendered(table, shown, options.format), end="")
+    for outcome in failed:
+        log.error("failed: %s (status %s): %s", outcome.job.name, outcome.status, outcome.job.last_line())
+    return 1 if failed else 0
+
+
+def rendered(table: TableFile, shown: Sequence[Any], form: Any) -> str:
+    made: Table = csv_table(table, shown) if form == "csv" else as_table(table, shown)
+    return made.render(form)
+
+
+def check_outputs(tables: Sequence[Path], figures: Sequence[Path | None], outputs: Sequence[Path]) -> None:
+    """Before anything is run: a name that says no form is an error, not a lost hour."""
+    from utils.plots import FIGURES
+
+    for path in tables:
+        if path.suffix.lower() not in SUFFIXES:
+            raise UserError(f"'{path}': a table is written as {', '.join(SUFFIXES)}")
+    for figure in figures:
+        if figure is not None and figure.suffix.lower() not in FIGURES:
+            raise UserError(f"'{figure}': a figure is written as {', '.join(FIGURES)}")
+    for path in outputs:
+        if path.is_dir():
+            raise UserError(f"'{path}' is a folder: name a file")
+
+
+def draw(table: TableFile, shown: Sequence[Any], figure: Path | None, differences: Path | None) -> None:
+    from utils.plots import Curves, plot_curves, plot_differences
+
+    caption = f"{table.spec.title}\n{table.spec.protocol}"
+    if figure is not None:
+        curves = [Curves(entry.row.name, entry.runs.curves, entry.runs.first["task_sizes"]) for entry in shown
+                  if entry.runs is not None]  # fmt: skip
+        if not curves:
+            raise UserError(f"--figure {figure}: no row has a finished seed, so there is no curve to draw")
+        plot_curves(curves, caption, figure)
+    if differences is not None:
+        metric = table.spec.metrics[0]
+        bars = [(entry.row.name, verdict.difference, verdict.error, verdict.word) for entry in shown
+                if (verdict := entry.verdicts[metric]).difference is not None]  # fmt: skip
+        if not bars:
+            raise UserError(f"--differences {differences}: no row has ours and theirs, so there is nothing to draw")
+        plot_differences(bars, metric, caption, differences)
+
+
+def sweep_jobs(table: TableFile) -> list[Job]:
+    """Points of every grid, on the row's first seed and the validation part."""
+    return [
+        job_of(f"{row.name} {', '.join(f'{key} {value}' for key, value in point.items())}", experiment, row.seeds[0])
+        for row in table.rows
+        for point, experiment in row.grid
+    ]
+
+
+def row_jobs(table: TableFile) -> list[Job]:
+    """Seeds of every row; one whose sweep is not finished waits."""
+    return [
+        job_of(row.name, row.experiment, seed)
+        for row in table.rows
+        if row.experiment is not None and not row.grid
+        for seed in row.seeds
+    ]
+
+
+def launch(jobs: Sequence[Job], options: argparse.Namespace) -> list[Outcome]:
+    """Run what is missing; the outcomes of those that failed."""
+    todo = missing(jobs)
+    if len(todo) < len({job.folder for job in jobs}):
+        log.info("%d of %d seeds are finished already", len({job.folder for job in jobs}) - len(todo), len(jobs))
+    if not todo:
+        return []
+    with tqdm(total=len(todo), disable=None, unit="seed") as bar:
+
+        def told(what: Outcome | Job) -> None:
+            if isinstance(what, Outcome):
+                bar.update()
+                tqdm.write(ended(what))
+            else:
+                tqdm.write(f"{'resumed' if (what.folder / 'checkpoint').is_dir() else 'started':<8} {what.name}")
+
+        if options.launcher == "local":
+            devices = [] if options.device is not None else gpus()
+            at_once = options.jobs or max(1, len(devices))
+            outcomes = run_local(todo, at_once, devices, told)
+        else:
+            cluster = "slurm" if options.launcher == "slurm" else "local"
+            parameters = parse_set(options.slurm)
+            if options.jobs and cluster == "slurm":
+                parameters.setdefault("slurm_array_parallelism", options.jobs)
+            outcomes = run_submitted(todo, executor(cluster, options.output / "submitit", parameters), told)
+    return [outcome for outcome in outcomes if outcome.status != FINISHED]
+
+
+def ended(outcome: Outcome) -> str:
+    """The progress line of a job that ended."""
+    job, minutes = outcome.job, outcome.seconds / 60
+    took = f"{minutes:.1f} min" if minutes >= 1 else f"{outcome.seconds:.0f} s"
+    if outcome.status == FINISHED:
+        result = job.result or {}
+        numbers = f"last {result['last_acc']:.2f}, average {result['avg_acc']:.2f}" if result else ""
+        return f"finished {job.name}: {numbers} ({took})"
+    if outcome.status == -signal.SIGTERM:  # before it could save: there was nothing yet
+        return f"stopped  {job.name}: before it began ({took})"
+    word = "stopped " if outcome.status == STOPPED else "failed  "
+    return f"{word} {job.name}: {job.last_line()} ({took})"
