@@ -1,8 +1,8 @@
 """Figures of runs: curve and matrix of one, curves and differences of several, confusions.
 
 One style: the colours of Okabe and Ito, which colour-blind people tell apart, with a marker and a dash for each line;
-axes that fit the values; the legend outside. The object interface of matplotlib with a canvas of its own: no global figure
-list, no display, whatever MPLBACKEND says.
+axes that fit the values; the legend outside. The object interface of matplotlib with a canvas of its own: no list of
+global figures, no display, whatever MPLBACKEND says.
 """
 
 import logging

@@ -10,7 +10,8 @@ from data.checks import Findings
 from data.layouts import find_place
 from data.rows import ROWS
 from data.sources import default_root
-from tools.table.spec import KINDS, Experiment, Published, Row, RowSpec, TableFile, resolve
+from tools.index import KINDS
+from tools.table.spec import Experiment, Published, Row, RowSpec, TableFile, resolve
 from tools.table.verdict import Verdict, judge, obstacles, parting
 from utils.aggregate import Runs, differences, runs_of, spread
 from utils.errors import UserError

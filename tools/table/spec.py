@@ -11,15 +11,11 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from models.factory import load_config
+from tools.index import KINDS
 from utils.checking import read_json
 from utils.config import MACHINE_KEYS, RunConfig
 from utils.errors import ConfigError, UserError, did_you_mean
 
-# What a number is worth, best first: a verdict is on the best that a row has.
-KINDS = (
-    "shipped log", "repo csv", "official code rerun", "reproduction", "third-party log", "paper table",
-    "paper figure", "repo figure", "paper number quoted", "secondary text", "reproduction target", "test target",
-)  # fmt: skip
 READ_OFF = ("paper figure", "repo figure")
 
 

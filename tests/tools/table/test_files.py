@@ -7,7 +7,8 @@ import pytest
 from convs.backbones import NAMED
 from data.stream import TaskInfo
 from models.factory import build_learner, load_config
-from tools.table.spec import KINDS, read_table
+from tools.index import KINDS
+from tools.table.spec import read_table
 from utils.runtime import Runtime
 
 TABLES = sorted((Path(__file__).resolve().parents[3] / "exps" / "tables").glob("*.json"))
