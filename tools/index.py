@@ -45,8 +45,8 @@ def experiment_tables(folder: Path) -> str:
         "# Experiments",
         "",
         "`python main.py --config exps/FILE`. Written by `make index` from the files themselves. Accuracies in "
-        "percent, last / average; *published*: the best kind of number that there is, with its kind, or the source that "
-        "the file's `about` names; *ours*: measured here, blank where it was not run. Whole tables of papers: "
+        "percent, last / average; *published*: the best kind of number that there is, with its kind, or the source "
+        "that the file's `about` names; *ours*: measured here, blank where it was not run. Whole tables of papers: "
         "`python main.py table exps/tables/FILE` ([docs/tables.md](../docs/tables.md)).",
     ]
     family, published = None, published_in_tables(folder / "tables")
