@@ -19,6 +19,7 @@ from models.parts.costs import num_trainable, stored_bytes
 from models.parts.evaluation import evaluate
 from models.parts.frozen_store import FrozenStore
 from models.parts.loop import FitState, Observer, Position, learn
+from models.parts.predictions import Predictions, draw_confusions, write_predictions
 from models.parts.probe import probe
 from models.parts.state import learner_state, restore
 from utils import checkpoint
@@ -32,6 +33,7 @@ from utils.record import Record
 from utils.results import EpochLog, curve_text, make_folder, run_log, write_json
 from utils.runtime import Runtime
 from utils.seed import rng_state, seed_everything, set_rng_state
+from utils.trackers import Tracker, open_trackers
 from utils.version import VERSION, commit
 
 log = logging.getLogger(__name__)
@@ -131,6 +133,7 @@ class SeedRun(Observer):
         self.store = FrozenStore(config.frozen_gib * 2**30, cache_root(config.cache_root) / "frozen")
         if runtime.is_main:
             self.epochs = EpochLog(folder / "epochs.jsonl", keep=self.record.epoch_lines)
+        self.trackers = self._trackers()
         self.batches, self.bar, self._points = 0, None, 0
         self._held = ExitStack()  # keeps a signal from cutting what has safe points
 
@@ -138,11 +141,21 @@ class SeedRun(Observer):
         log.info("%s on %s, seed %s: %d tasks", self.config.model_name, self.config.dataset, self.config.seed,
                  len(self.manager))  # fmt: skip
         log.info("%s; %s", self.runtime.device, self.learner.network.backbone.info.report)
-        for index in range(self.record.done, len(self.manager)):
-            self._learn(self.manager[index])
-            self._evaluate(self.manager[index])
-            self.save("start")
-        self._report()
+        try:
+            for index in range(self.record.done, len(self.manager)):
+                self._learn(self.manager[index])
+                self._evaluate(self.manager[index])
+                self.save("start")
+            self._report()
+        finally:
+            for tracker in self.trackers:
+                tracker.close()
+
+    def _trackers(self) -> list[Tracker]:
+        if not self.runtime.is_main or not self.config.log_to:
+            return []
+        config = self.config.model_dump(mode="json")
+        return open_trackers(self.config.log_to, self.folder, config, self.record.epoch_lines)
 
     def _fresh(self) -> Learner:
         return seeded_learner(self.config, self.runtime, self.manager[0])
@@ -172,7 +185,8 @@ class SeedRun(Observer):
 
     def _evaluate(self, task: Task) -> None:
         learner, record, config = self.learner, self.record, self.config
-        found = evaluate(learner, self.manager.tested_after(task), self.store)
+        kept = Predictions() if config.save_predictions else None
+        found = evaluate(learner, self.manager.tested_after(task), self.store, keep=None if kept is None else kept.add)
         record.add(task.index, found.names, found.correct, found.by_class)
         record.images_tested += found.images
         if config.probe is not None:
@@ -182,8 +196,20 @@ class SeedRun(Observer):
         record.stored_bytes = [*record.stored_bytes[: task.index], stored_bytes(learner)]
         record.done, record.stage = task.index + 1, 0
         result = self.result()
+        for tracker in self.trackers:
+            tracker.task(result, self.epochs.lines)
+        if kept is not None:
+            self._keep(kept, task, result)
         log.info("task %d/%d  accuracy %.2f  average %.2f  task known %.2f", task.index + 1, task.num_tasks,
                  result["last_acc"], result["avg_acc"], result["last_acc_task_il"])  # fmt: skip
+
+    def _keep(self, kept: Predictions, task: Task, result: dict[str, Any]) -> None:
+        """Predictions of this task's evaluation; after the last one, who is taken for whom."""
+        arrays = kept.arrays(self.runtime)
+        if self.runtime.is_main:
+            write_predictions(arrays, self.folder / "predictions" / f"task{task.index + 1}.npz")
+            if result["finished"]:
+                draw_confusions(arrays, self.manager[:], result, self.folder / "plots")
 
     def result(self) -> dict[str, Any]:
         """What result.json holds, for the tasks done so far."""
@@ -303,6 +329,8 @@ class SeedRun(Observer):
                  numbers["loss"], numbers["lr"], numbers["images_per_second"], _duration(left), extra)  # fmt: skip
         if self.runtime.is_main:
             self.epochs.append(line)
+            for tracker in self.trackers:
+                tracker.epoch(line, self.epochs.lines)
         self.save_if_due("fit", fit)
 
     def stage_done(self, number: int) -> None:

@@ -12,7 +12,8 @@ from utils.results import summarise_seeds, summary_text, write_json, write_text
 
 log = logging.getLogger(__name__)
 
-OUR_FILES = frozenset({"config.json", "train.log", "epochs.jsonl", "result.json", "checkpoint", "plots", "landscape"})
+OUR_FILES = frozenset({"config.json", "train.log", "epochs.jsonl", "result.json", "checkpoint", "plots", "landscape",
+                       "predictions", "tensorboard", "wandb"})  # fmt: skip
 
 
 def seed_folder(folder: Path, seed: int) -> Path:

@@ -17,6 +17,7 @@ from torch import Tensor
 from data.loading import View, pass_over
 from data.stream import Task, TaskData
 from models.parts.frozen_store import FrozenStore
+from models.parts.predictions import Keep
 from utils.runtime import Runtime
 
 if TYPE_CHECKING:  # a part imports no learner; `evaluate` receives one
@@ -43,12 +44,17 @@ class Evaluation:
 
 
 def evaluate(
-    learner: "Learner", tasks: Sequence[Task], store: FrozenStore | None = None, batch_size: int | None = None
+    learner: "Learner",
+    tasks: Sequence[Task],
+    store: FrozenStore | None = None,
+    batch_size: int | None = None,
+    keep: Keep | None = None,
 ) -> Evaluation:
     """Right predictions on the test images of each task. A prediction is the largest of all scores; with the task
     known, of the task's own classes.
 
-    store: frozen values of earlier evaluations, used and filled; default: all are computed.
+    store: frozen values of earlier evaluations, used and filled; default: all are computed. keep: is shown every batch
+    and its scores.
     """
     runtime, tested = learner.runtime, _distinct(tasks)
     owner = np.repeat(np.arange(len(tested)), [len(task.test) for task in tested])
@@ -61,6 +67,8 @@ def evaluate(
     learner.eval()
     with runtime.stopwatch("eval"):
         for scores, targets, positions in scored(learner, data, store, batch_size):
+            if keep is not None:
+                keep(data, positions, scores)
             counts.add(scores, targets, torch.from_numpy(owner[positions]).to(runtime.device, non_blocking=True))
         counts.agree(runtime.gather(counts.names))
         correct, by_class = counts.totals(runtime)
