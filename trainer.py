@@ -15,11 +15,12 @@ from data.splits import cache_root
 from data.stream import DataManager, Task, TaskInfo
 from models.base import Learner
 from models.factory import build_learner
+from models.parts import first_task
 from models.parts.costs import num_trainable, stored_bytes
 from models.parts.evaluation import evaluate
 from models.parts.frozen_store import FrozenStore
 from models.parts.loop import FitState, Observer, Position, learn
-from models.parts.predictions import Predictions, draw_confusions, write_predictions
+from models.parts.predictions import Predictions
 from models.parts.probe import probe
 from models.parts.state import learner_state, restore
 from utils import checkpoint
@@ -33,7 +34,7 @@ from utils.record import Record
 from utils.results import EpochLog, curve_text, make_folder, run_log, write_json
 from utils.runtime import Runtime
 from utils.seed import rng_state, seed_everything, set_rng_state
-from utils.trackers import Tracker, open_trackers
+from utils.trackers import open_trackers
 from utils.version import VERSION, commit
 
 log = logging.getLogger(__name__)
@@ -133,7 +134,8 @@ class SeedRun(Observer):
         self.store = FrozenStore(config.frozen_gib * 2**30, cache_root(config.cache_root) / "frozen")
         if runtime.is_main:
             self.epochs = EpochLog(folder / "epochs.jsonl", keep=self.record.epoch_lines)
-        self.trackers = self._trackers()
+        names = config.log_to if runtime.is_main else ()
+        self.trackers = open_trackers(names, folder, config.model_dump(mode="json"), self.record.epoch_lines)
         self.batches, self.bar, self._points = 0, None, 0
         self._held = ExitStack()  # keeps a signal from cutting what has safe points
 
@@ -151,14 +153,29 @@ class SeedRun(Observer):
             for tracker in self.trackers:
                 tracker.close()
 
-    def _trackers(self) -> list[Tracker]:
-        if not self.runtime.is_main or not self.config.log_to:
-            return []
-        config = self.config.model_dump(mode="json")
-        return open_trackers(self.config.log_to, self.folder, config, self.record.epoch_lines)
-
     def _fresh(self) -> Learner:
-        return seeded_learner(self.config, self.runtime, self.manager[0])
+        learner = seeded_learner(self.config, self.runtime, self.manager[0])
+        return learner if self.config.init_from is None else self._behind_first_task(learner)
+
+    def _behind_first_task(self, learner: Learner) -> Learner:
+        """The learner as another run left it after its first task, and all that this task measured."""
+        state = first_task.load(self.config, self.manager, self.runtime, learner.needs_num_tasks)
+        # A learner of its own for the state: it may be built otherwise in a stream of other tasks.
+        learner = seeded_learner(self.config, self.runtime, self.manager[0], restoring=True)
+        restore(learner, state["learner"])
+        first_task.take_over(self.record, state["record"])
+        if self.runtime.is_main:
+            first_task.copy_epochs(self.config, self.folder)
+        self._go_on(state)
+        log.info("the first task is that of %s", self.config.init_from)
+        return learner
+
+    def _go_on(self, state: dict[str, Any]) -> None:
+        """Clocks and generators where a checkpoint left them; the record is taken up already."""
+        self.runtime.stopwatch.seconds.update(self.record.seconds)
+        self.total_before = self.record.total
+        states = state["rng"]
+        set_rng_state(states[self.runtime.rank if self.runtime.rank < len(states) else 0], self.runtime.device)
 
     def _resumed(self) -> Learner:
         """The learner of the checkpoint, and everything else of it taken up."""
@@ -166,11 +183,7 @@ class SeedRun(Observer):
         learner = seeded_learner(self.config, self.runtime, TaskInfo.from_state(state["learner"]["task"]))
         restore(learner, state["learner"])
         self.record.load_state_dict(state["record"])
-        self.runtime.stopwatch.seconds.update(self.record.seconds)
-        self.total_before = self.record.total
-        states = state["rng"]
-        own = states[self.runtime.rank if self.runtime.rank < len(states) else 0]
-        set_rng_state(own, self.runtime.device)
+        self._go_on(state)
         where = {"start": "", "fit": ", in training", "fitted": ", trained"}[self.record.phase]
         log.info("resumed: %d of %d tasks done%s", self.record.done, len(self.manager), where)
         return learner
@@ -199,17 +212,9 @@ class SeedRun(Observer):
         for tracker in self.trackers:
             tracker.task(result, self.epochs.lines)
         if kept is not None:
-            self._keep(kept, task, result)
+            kept.write(self.runtime, self.manager[: task.index + 1], result, self.folder)
         log.info("task %d/%d  accuracy %.2f  average %.2f  task known %.2f", task.index + 1, task.num_tasks,
                  result["last_acc"], result["avg_acc"], result["last_acc_task_il"])  # fmt: skip
-
-    def _keep(self, kept: Predictions, task: Task, result: dict[str, Any]) -> None:
-        """Predictions of this task's evaluation; after the last one, who is taken for whom."""
-        arrays = kept.arrays(self.runtime)
-        if self.runtime.is_main:
-            write_predictions(arrays, self.folder / "predictions" / f"task{task.index + 1}.npz")
-            if result["finished"]:
-                draw_confusions(arrays, self.manager[:], result, self.folder / "plots")
 
     def result(self) -> dict[str, Any]:
         """What result.json holds, for the tasks done so far."""
@@ -366,7 +371,12 @@ class SeedRun(Observer):
             if phase == "start" and record.done:
                 write_json(self.folder / "result.json", self.result() | {"finished": False})
             checkpoint.save(state, self.checkpoint, self._identity())
-            if phase == "start" and record.done > record.task and self.config.keep_checkpoints == "tasks":
+            kept = self.config.keep_checkpoints
+            if (
+                phase == "start"
+                and record.done > record.task
+                and (kept == "tasks" or (kept, record.done) == ("first", 1))
+            ):
                 checkpoint.keep(self.checkpoint, f"task{record.done}.pt")
 
     def _identity(self) -> dict[str, Any]:

@@ -53,6 +53,14 @@ class Predictions:
         further = {f"scores_{name}": values for name, values in zip(names[1:], scores[1:], strict=True)}
         return found | {"scores": scores[0]} | further
 
+    def write(self, runtime: Runtime, tasks: Sequence[Task], result: Mapping[str, Any], folder: Path) -> None:
+        """predictions/taskN.npz below a seed's folder; after the last task also who is taken for whom, as figures."""
+        arrays = self.arrays(runtime)
+        if runtime.is_main:
+            write_predictions(arrays, folder / "predictions" / f"task{tasks[-1].index + 1}.npz")
+            if result["finished"]:
+                draw_confusions(arrays, tasks, result, folder / "plots")
+
     def _files(self, rows: np.ndarray) -> np.ndarray:
         """Where each image lies; of a data set in one array, its number there."""
         assert self._data is not None
