@@ -44,6 +44,15 @@ def place(config: RunConfig) -> Path:
     return folder
 
 
+def fingerprint(config: RunConfig) -> str:
+    """Equal for single-seed configs that say the same of the first task; data and weights are not looked at."""
+    values = config.model_dump(mode="json")
+    kept = {key: value for key, value in values.items() if key not in MACHINE_KEYS | LATER}
+    kept |= {later: _of_first(values, first, later) for later, first in INIT.items()}
+    first = config.task_sizes[0] if config.task_sizes else config.init_cls or config.increment
+    return json.dumps([kept, first, config.seeds[0]], sort_keys=True)
+
+
 def load(config: RunConfig, manager: DataManager, runtime: Runtime, needs_num_tasks: bool) -> dict[str, Any]:
     """The other run's checkpoint after its first task.
 

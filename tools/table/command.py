@@ -3,7 +3,8 @@
 import argparse
 import logging
 import signal
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from tools.table.jobs import (
     STOPPED,
     Job,
     Outcome,
+    Told,
     executor,
     gpus,
     job_of,
@@ -22,6 +24,7 @@ from tools.table.jobs import (
     run_submitted,
 )
 from tools.table.rows import collect, settle
+from tools.table.sharing import behind, divide
 from tools.table.show import as_table, csv_table
 from tools.table.spec import TableFile, read_table
 from utils.checking import parse_set
@@ -135,17 +138,24 @@ def launch(jobs: Sequence[Job], options: argparse.Namespace) -> list[Outcome]:
             else:
                 tqdm.write(f"{'resumed' if (what.folder / 'checkpoint').is_dir() else 'started':<8} {what.name}")
 
-        if options.launcher == "local":
-            devices = [] if options.device is not None else gpus()
-            at_once = options.jobs or max(1, len(devices))
-            outcomes = run_local(todo, at_once, devices, told)
-        else:
-            cluster = "slurm" if options.launcher == "slurm" else "local"
-            parameters = parse_set(options.slurm)
-            if options.jobs and cluster == "slurm":
-                parameters.setdefault("slurm_array_parallelism", options.jobs)
-            outcomes = run_submitted(todo, executor(cluster, options.output / "submitit", parameters), told)
+        run_all = launcher(options)
+        at_once, waiting = divide(jobs, todo)
+        outcomes = run_all(at_once, told)
+        if waiting:
+            outcomes += run_all([behind(job, leader) for job, leader in waiting], told)
     return [outcome for outcome in outcomes if outcome.status != FINISHED]
+
+
+def launcher(options: argparse.Namespace) -> Callable[[Sequence[Job], Told], list[Outcome]]:
+    """What runs jobs, as --launcher says. Raises UserError where submitit is missing."""
+    if options.launcher == "local":
+        devices = [] if options.device is not None else gpus()
+        return partial(run_local, at_once=options.jobs or max(1, len(devices)), devices=devices)
+    cluster = "slurm" if options.launcher == "slurm" else "local"
+    parameters = parse_set(options.slurm)
+    if options.jobs and cluster == "slurm":
+        parameters.setdefault("slurm_array_parallelism", options.jobs)
+    return partial(run_submitted, made=executor(cluster, options.output / "submitit", parameters))
 
 
 def ended(outcome: Outcome) -> str:

@@ -1,13 +1,14 @@
 """Seeds that are missing, each run by a program of its own: the command line with --resume, so a kill loses nothing."""
 
 import ctypes
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,18 @@ _PR_SET_PDEATHSIG = 1
 
 @dataclass(frozen=True)
 class Job:
-    """One seed of one experiment. log: what its program prints."""
+    """One seed of one experiment. log: what its program prints. first_task: equal where two jobs could share theirs."""
 
     name: str
     command: tuple[str, ...]
     folder: Path
     log: Path
+    first_task: str | None = None
+
+    def with_set(self, **keys: Any) -> "Job":
+        """The same with further keys of the config."""
+        sets = [f"{key}={json.dumps(value)}" for key, value in keys.items()]
+        return replace(self, command=(*self.command, "--set", *sets))
 
     @property
     def result(self) -> dict[str, Any] | None:
@@ -54,13 +61,14 @@ class Outcome:
 
 def job_of(name: str, experiment: Experiment, seed: int) -> Job:
     """`--resume` on a fresh folder starts it; the program that is stopped half way goes on where it was."""
-    import json
+    from tools.table.sharing import shared_task
 
     sets = [f"{key}={json.dumps(value)}" for key, value in experiment.set.items()]
     command = (sys.executable, str(MAIN), "--config", str(experiment.file), *(["--set", *sets] if sets else []),
                "--seed", str(seed), "--output", str(experiment.folder), "--resume")  # fmt: skip
     log = experiment.folder / "jobs" / f"seed{seed}.log"
-    return Job(f"{name}, seed {seed}", command, seed_folder(experiment.folder, seed), log)
+    first_task = shared_task(experiment.config, seed)
+    return Job(f"{name}, seed {seed}", command, seed_folder(experiment.folder, seed), log, first_task)
 
 
 def missing(jobs: Iterable[Job]) -> list[Job]:
@@ -84,7 +92,7 @@ class _Running:
 Told = Callable[[Outcome | Job], None]
 
 
-def run_local(jobs: Sequence[Job], at_once: int, devices: Sequence[str], told: Told) -> list[Outcome]:
+def run_local(jobs: Sequence[Job], told: Told, at_once: int = 1, devices: Sequence[str] = ()) -> list[Outcome]:
     """Run jobs side by side on this machine. devices: values of CUDA_VISIBLE_DEVICES, one a place; empty: no GPU is
     dealt out. told: called with a job that starts and with the outcome of one that ends.
 
@@ -214,7 +222,7 @@ def executor(cluster: str, folder: Path, parameters: dict[str, Any]) -> Any:
     return made
 
 
-def run_submitted(jobs: Sequence[Job], made: Any, told: Told) -> list[Outcome]:
+def run_submitted(jobs: Sequence[Job], told: Told, made: Any) -> list[Outcome]:
     """Run jobs through an executor of submitit. When this program is stopped, they go on without it."""
     begun = time.perf_counter()
     running = [(made.submit(Call(job)), job) for job in jobs]

@@ -155,7 +155,7 @@ def test_a_job_that_fails_is_named_and_does_not_stop_the_others(tmp_path):
     told = []
     jobs = [job(tmp_path, "bad", "print('one'); print('no such data'); raise SystemExit(2)"),
             job(tmp_path, "good", "print('fine')"), job(tmp_path, "silent", "raise SystemExit(1)")]  # fmt: skip
-    outcomes = run_local(jobs, 2, [], told.append)
+    outcomes = run_local(jobs, told.append, at_once=2)
     by_name = {outcome.job.name: outcome for outcome in outcomes}
     assert {name: outcome.status for name, outcome in by_name.items()} == {"bad": 2, "good": 0, "silent": 1}
     assert by_name["bad"].job.last_line() == "no such data"
@@ -179,7 +179,7 @@ def test_a_signal_stops_the_programs_and_waits_for_them(tmp_path):
     threading.Thread(target=interrupt, daemon=True).start()
     outcomes = []
     with pytest.raises(Interrupted):
-        run_local([job(tmp_path, "long", code), job(tmp_path, "never", "print(1)")], 1, [], outcomes.append)
+        run_local([job(tmp_path, "long", code), job(tmp_path, "never", "print(1)")], outcomes.append)
     assert (tmp_path / "saved").exists() and not (tmp_path / "never.log").exists()
 
 
@@ -206,7 +206,7 @@ def test_submitit_runs_jobs_by_its_local_executor(tmp_path):
     from tools.table.jobs import executor, run_submitted
 
     jobs = [job(tmp_path, "bad", "print('no'); raise SystemExit(2)"), job(tmp_path, "good", "print('yes')")]
-    outcomes = run_submitted(jobs, executor("local", tmp_path / "submitit", {"timeout_min": 5}), lambda _: None)
+    outcomes = run_submitted(jobs, lambda _: None, executor("local", tmp_path / "submitit", {"timeout_min": 5}))
     assert {outcome.job.name: outcome.status for outcome in outcomes} == {"bad": 2, "good": 0}
     assert "yes" in (tmp_path / "good.log").read_text()
 
