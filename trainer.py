@@ -158,12 +158,8 @@ class SeedRun(Observer):
         return learner if self.config.init_from is None else self._behind_first_task(learner)
 
     def _behind_first_task(self, learner: Learner) -> Learner:
-        """The learner as another run left it after its first task, and all that this task measured."""
-        state = first_task.load(self.config, self.manager, self.runtime, learner.needs_num_tasks)
-        # A learner of its own for the state: it may be built otherwise in a stream of other tasks.
-        learner = seeded_learner(self.config, self.runtime, self.manager[0], restoring=True)
-        restore(learner, state["learner"])
-        first_task.take_over(self.record, state["record"])
+        """As another run left it in its first task, with all that the task measured."""
+        state = first_task.begin_behind(learner, self.manager, self.record)
         if self.runtime.is_main:
             first_task.copy_epochs(self.config, self.folder)
         self._go_on(state)
@@ -371,13 +367,8 @@ class SeedRun(Observer):
             if phase == "start" and record.done:
                 write_json(self.folder / "result.json", self.result() | {"finished": False})
             checkpoint.save(state, self.checkpoint, self._identity())
-            kept = self.config.keep_checkpoints
-            if (
-                phase == "start"
-                and record.done > record.task
-                and (kept == "tasks" or (kept, record.done) == ("first", 1))
-            ):
-                checkpoint.keep(self.checkpoint, f"task{record.done}.pt")
+            if (name := first_task.kept_as(self.learner, phase, record)) is not None:
+                checkpoint.keep(self.checkpoint, name)
 
     def _identity(self) -> dict[str, Any]:
         """What the checkpoint belongs to."""
@@ -385,6 +376,7 @@ class SeedRun(Observer):
         return {
             "learner": self.config.model_name,
             "seed": self.config.seeds[0],
+            "torch_seed": self.config.torch_seed,
             "config": self.config.fingerprint(),
             "data": self.manager.data.digest,
             "weights": report.sha256 or report.name,

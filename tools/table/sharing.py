@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from models.factory import learner_class
-from models.parts.first_task import KEPT, fingerprint
+from models.parts.first_task import fingerprint, kept_below, session_keys
 from tools.table.jobs import Job
 from utils.config import RunConfig
 
@@ -13,9 +13,13 @@ def shared_task(config: RunConfig, seed: int) -> str | None:
     many tasks will come, or all tasks are domains."""
     if config.increment is None and config.task_sizes is None:
         return None
-    if learner_class(config.model_name).needs_num_tasks:
+    learner = learner_class(config.model_name)
+    if learner.needs_num_tasks:
         return None
-    return fingerprint(config.with_seed(seed))
+    shared = session_keys(learner)
+    if shared and getattr(config, "petl", "none") == "none":
+        return None
+    return fingerprint(config.with_seed(seed), shared)
 
 
 def divide(jobs: Sequence[Job], todo: Sequence[Job]) -> tuple[list[Job], list[tuple[Job, Job]]]:
@@ -27,7 +31,7 @@ def divide(jobs: Sequence[Job], todo: Sequence[Job]) -> tuple[list[Job], list[tu
     waiting: list[tuple[Job, Job]] = []
     leaders: dict[str, Job] = {}
     for job in jobs:
-        if job.first_task is not None and (job.folder / "checkpoint" / KEPT).is_file():
+        if job.first_task is not None and kept_below(job.folder):
             leaders.setdefault(job.first_task, job)
     wanted = [job.first_task for job in todo if job.first_task is not None and not begun(job)]
     for job in todo:
@@ -50,5 +54,4 @@ def begun(job: Job) -> bool:
 
 def behind(job: Job, leader: Job) -> Job:
     """The job, beginning behind the leader's first task where that was kept; else from the start."""
-    kept = (leader.folder / "checkpoint" / KEPT).is_file()
-    return job.with_set(init_from=str(leader.folder)) if kept else job
+    return job.with_set(init_from=str(leader.folder)) if kept_below(leader.folder) else job

@@ -46,6 +46,31 @@ def test_equal_to_the_digit_with_a_run_that_trained_it_itself(tmp_path, learner,
     assert lines[0] == lines[1]
 
 
+SESSION = {"bottleneck": 4, "petl": "adapter", "init_cls": 4, "increment": 2, "epochs": 2, "keep_checkpoints": "first"}
+
+
+@pytest.mark.parametrize("source, taker", [
+    ({"model_name": "ranpac"}, {"model_name": "aper"}),
+    ({"model_name": "aper"}, {"model_name": "fecam", "increment": 1}),
+    ({"model_name": "fecam"}, {"model_name": "ranpac", "projection": 20}),
+    ({"model_name": "ranpac"}, {"model_name": "ranpac", "projection": 0}),
+])  # fmt: skip
+def test_a_first_session_is_shared_by_learners_that_begin_with_one(tmp_path, source, taker):
+    """The training alone: what each measures afterwards is its own."""
+    source = run(tmp_path, "source", **(SESSION | source))
+    alone = run(tmp_path, "alone", **(SESSION | taker))
+    behind = run(tmp_path, "behind", init_from=str(source), **(SESSION | taker))
+    assert numbers(behind) == numbers(alone)
+    assert "the first task is that of" in (behind / "train.log").read_text()
+
+
+def test_another_first_session_is_refused(tmp_path, capsys):
+    source = run(tmp_path, "source", model_name="ranpac", **SESSION)
+    values = SESSION | {"model_name": "aper", "bottleneck": 8, "init_from": str(source)}
+    run(tmp_path, "behind", status=2, **values)
+    assert '"bottleneck" is 4 there, 8 here' in capsys.readouterr().err
+
+
 def test_later_tasks_may_have_another_schedule(tmp_path):
     source = run(tmp_path, "source", increment=2, **B50)
     keys = {"increment": 2, "epochs": 3, "init_epoch": 2, "lrate": 0.001, "init_lr": 0.005}
