@@ -30,12 +30,12 @@ def family_of(values: Mapping[str, Any]) -> str | None:
     model, name = values.get("model"), str(values.get("model_name", "")).lower()
     if isinstance(model, Mapping) and "cl_model" in model:
         return "hcl"
+    if "backbone_type" in values:
+        return "pilot"
     if "net_type" in values or name.startswith(("inflora", "sprompts_")):
         return "inflora"
     if "model_postfix" in values:
         return "slca"
-    if "backbone_type" in values:
-        return "pilot"
     if name == "adapter" or _RAA_KEYS & set(values):
         return "raa"
     if "convnet_type" not in values:

@@ -307,6 +307,33 @@ def test_a_config_of_theirs_given_to_a_run_is_answered_with_the_command(tmp_path
     assert f"python main.py import {path}" in capsys.readouterr().err
 
 
+def test_of_a_key_that_stands_twice_the_last_one_counts_as_in_their_code(tmp_path):
+    path = written(tmp_path, SHIPPED["raa/cub"])
+    path.write_text(path.read_text()[:-1] + ', "margin": 0.3}')
+    values, remarks = imported(path)
+    assert values["margin"] == 0.3 and any('"margin" stands twice' in remark for remark in remarks)
+    path = written(tmp_path, SHIPPED["hcl/cifar10_distil"])
+    path.write_text(path.read_text() + "seed: 5\n")
+    values, remarks = imported(path)
+    assert values["seed"] == 5 and any('"seed" stands twice' in remark for remark in remarks)
+
+
+@pytest.mark.parametrize("text, suffix, told", [
+    ("{", "json", "not valid JSON at line 1"), ("[1]", "json", "holds a list"), ("a: [", "yaml", "not valid YAML"),
+    ("- 1", "yaml", "holds a list"), ('{"a": 1}', "json", "no config of a family that can be imported"),
+])  # fmt: skip
+def test_files_that_are_no_config_are_answered(tmp_path, text, suffix, told):
+    (tmp_path / f"x.{suffix}").write_text(text)
+    with pytest.raises(ConfigError, match=told):
+        imported(tmp_path / f"x.{suffix}")
+
+
+def test_a_missing_file_names_its_neighbour(tmp_path):
+    written(tmp_path, SHIPPED["raa/cub"], "adapter_cub")
+    with pytest.raises(ConfigError, match='did you mean "adapter_cub.json"'):
+        imported(tmp_path / "adapter_cubs.json")
+
+
 def test_ours_is_told_apart(tmp_path, capsys):
     assert main.main(["import", str(EXPS / "quickstart.json")]) == 2
     assert "config of this program already" in capsys.readouterr().err

@@ -107,6 +107,17 @@ def test_toolbox_config_becomes_the_shipped_experiment(tmp_path, name):
     assert resolved(ours) == resolved(shipped)
 
 
+def test_pilots_slca_is_its_own(tmp_path):
+    theirs = PILOT | {
+        "model_name": "slca", "model_postfix": "20e", "backbone_type": "pretrained_vit_b16_224_in21k", "epochs": 20,
+        "milestones": [18], "lrate": 0.01, "batch_size": 64, "bcb_lrscale": 0.01, "ca_epochs": 3,
+        "ca_with_logit_norm": 0.1,
+    }  # fmt: skip
+    config = config_from(imported(written(tmp_path, theirs))[0], "imported")
+    assert (config.model_name, config.batch_size, config.ca_epochs, config.milestones) == ("slca", 64, 3, (18,))
+    assert (config.train_transform, config.normalize) == ("crop_flip_scale05", "none")
+
+
 @pytest.mark.parametrize("name", ["podnet", "rmm-icarl", "cofima"])
 def test_learner_that_is_not_here_is_said(tmp_path, name):
     for family in (PYCIL, PILOT):

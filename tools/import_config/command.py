@@ -48,8 +48,9 @@ def imported(file: Path, flags: Sequence[str] = ()) -> tuple[dict[str, Any], lis
 
     Raises ConfigError with everything that is unknown, missing or refused.
     """
-    family, values = read_theirs(file)
+    family, values, twice = read_theirs(file)
     theirs = Theirs(flat(values) if family == "hcl" else values, flags)
+    theirs.notes += [f'"{name}" stands twice: the last one counts, as in their code' for name in twice]
     CONVERT[family](theirs)
     ours = theirs.finish(str(file))
     other = [flag for flag in flags if flag not in ("--hcl", "--cl_default", "--validation")]

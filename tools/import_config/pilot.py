@@ -3,14 +3,14 @@
 from collections.abc import Callable
 from typing import Any
 
-from tools.import_config.theirs import FT_IN1K, IN21K, Theirs, seeds, shuffled, task_sizes
+from tools.import_config.theirs import FT_IN1K, IN21K, MISSING, Theirs, seeds, shuffled, task_sizes
 from tools.import_config.toolbox import MEMORY, UNREAD, exemplars, finish_schedule, optimizer, own_keys, schedule
 
 DATA = {name: name for name in ("cifar224", "imagenetr", "imageneta", "cub", "objectnet", "omnibenchmark", "vtab")}
 CLASSIC = ("finetune", "icarl", "der", "foster", "memo", "coil")
 SESSIONS = ("aper", "ranpac", "fecam")  # what a first session tunes
 NAMES = {name: name for name in (
-    "simplecil", *CLASSIC, "ranpac", "fecam", "ease", "mos", "lae", "l2p", "dualprompt", "coda_prompt",
+    "simplecil", "slca", *CLASSIC, "ranpac", "fecam", "ease", "mos", "lae", "l2p", "dualprompt", "coda_prompt",
 )}  # fmt: skip
 NAMES |= {f"{old}_{kind}": "aper" for old in ("aper", "adam") for kind in ("adapter", "ssf", "vpt", "finetune")}
 LEFTOVERS = (
@@ -77,14 +77,15 @@ def _classic(theirs: Theirs, learner: str) -> None:
     finish_schedule(theirs)
 
 
-def _epochs(theirs: Theirs) -> None:
-    """epochs, lrate, batch_size, weight_decay, min_lr, under the names that the file has."""
+def _epochs(theirs: Theirs, **absent: float) -> None:
+    """epochs, lrate, batch_size, weight_decay, min_lr, under the names that the file has. absent: what their code takes
+    where the file has none; without one an absent key is a fault."""
     for names, ours in (
         (("tuned_epoch", "init_epochs", "init_epoch", "epochs"), "epochs"), (("init_lr", "lrate", "lr"), "lrate"),
         (("batch_size",), "batch_size"),
     ):  # fmt: skip
         found = [name for name in names if name in theirs]
-        theirs.put(ours, theirs.number(found[0] if found else names[0]))
+        theirs.put(ours, theirs.number(found[0] if found else names[0], absent.get(ours, MISSING)))
     for key in ("weight_decay", "min_lr"):
         if key in theirs:
             theirs.put(key, theirs.number(key))
@@ -132,6 +133,23 @@ def _simplecil(theirs: Theirs, name: str) -> None:
     theirs.put("test_batch_size", 128)  # fixed in its code, whatever the file says
     theirs.constants.append("test_batch_size")
     theirs.ignore(*LEFTOVERS, "epochs", "lrate", "milestones", "lrate_decay")
+
+
+def _slca(theirs: Theirs, name: str) -> None:
+    """PILOT's form: a batch of 64, its own transforms and backbones."""
+    _epochs(theirs, lrate=0.01, batch_size=64)
+    theirs.ours.pop("min_lr", None)
+    theirs.ours.setdefault("weight_decay", 5e-4)
+    theirs.constant(scheduler="multistep")
+    theirs.put("milestones", theirs.get("milestones", [18]))
+    theirs.same("lrate_decay", default=None)
+    theirs.put("bcb_lrscale", theirs.number("bcb_lrscale", 0.01))
+    theirs.put("ca_epochs", theirs.get("ca_epochs", 5))
+    temperature = theirs.number("ca_with_logit_norm", None)
+    if theirs.ours["ca_epochs"]:
+        theirs.put("ca_with_logit_norm", temperature if temperature is not None and temperature > 0 else 0.0)
+    optimizer(theirs, {"sgd": "sgd"})
+    theirs.ignore("model_postfix", "save_before_ca", *LEFTOVERS)
 
 
 def _ease(theirs: Theirs, name: str) -> None:
@@ -267,6 +285,6 @@ def _coda(theirs: Theirs, name: str) -> None:
 
 
 CONVERT: dict[str, Callable[[Theirs, str], None]] = {
-    "simplecil": _simplecil, "ease": _ease, "mos": _mos, "lae": _lae, "l2p": _l2p, "dualprompt": _dualprompt,
-    "coda_prompt": _coda,
+    "simplecil": _simplecil, "slca": _slca, "ease": _ease, "mos": _mos, "lae": _lae, "l2p": _l2p,
+    "dualprompt": _dualprompt, "coda_prompt": _coda,
 }  # fmt: skip

@@ -78,6 +78,7 @@ def own_keys(theirs: Theirs, learner: str) -> None:
         theirs.ours.pop("compression_epochs", None)
     if learner == "coil":
         theirs.ignore("calibration_term")  # replaced before it is ever read
+    theirs.ignore("T")  # of learners that distil nothing
     if learner == "memo" and theirs.flag("train_adaptive", False):
         theirs.refuse("train_adaptive", "cannot be imported: old specialised blocks are frozen here")
 
