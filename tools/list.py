@@ -10,6 +10,7 @@ from data.transforms import RECIPES
 from models.base import LEARNERS
 from models.factory import BROKEN
 from tools.index import experiments
+from utils.checking import read_json
 
 COMMAND = "list"
 HELP = "learners, data sets, transforms, backbones, experiments"
@@ -47,6 +48,9 @@ def everything() -> str:
             ),
         ],
         "experiments": [(str(path), "") for path in experiments(Path("exps"))],
+        "tables": [
+            (str(path), str(read_json(path).get("title", ""))) for path in sorted(Path("exps", "tables").glob("*.json"))
+        ],
     }
     lines = []
     for title, rows in sections.items():

@@ -23,7 +23,7 @@ from tools.table.jobs import (
     run_local,
     run_submitted,
 )
-from tools.table.rows import collect, settle
+from tools.table.rows import collect, data_fault, settle
 from tools.table.sharing import behind, divide
 from tools.table.show import as_table, csv_table
 from tools.table.spec import TableFile, read_table
@@ -53,6 +53,7 @@ def run(options: argparse.Namespace) -> int:
     table = settle(table, options.output)
     if options.run:
         failed += launch(row_jobs(table), options)
+    skipped = without_data(table) if options.run else {}
     shown = collect(table)
     for path in options.write:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -61,7 +62,15 @@ def run(options: argparse.Namespace) -> int:
     print(rendered(table, shown, options.format), end="")
     for outcome in failed:
         log.error("failed: %s (status %s): %s", outcome.job.name, outcome.status, outcome.job.last_line())
-    return 1 if failed else 0
+    for name, reason in skipped.items():
+        log.error("not run: %s: %s", name, reason)
+    return 1 if failed or skipped else 0
+
+
+def without_data(table: TableFile) -> dict[str, str]:
+    """Rows that cannot be run here, and why."""
+    faults = {row.name: data_fault(row.experiment) for row in table.rows if row.experiment is not None}
+    return {name: fault for name, fault in faults.items() if fault}
 
 
 def rendered(table: TableFile, shown: Sequence[Any], form: Any) -> str:
@@ -109,15 +118,16 @@ def sweep_jobs(table: TableFile) -> list[Job]:
         job_of(f"{row.name} {', '.join(f'{key} {value}' for key, value in point.items())}", experiment, row.seeds[0])
         for row in table.rows
         for point, experiment in row.grid
+        if not data_fault(experiment)
     ]
 
 
 def row_jobs(table: TableFile) -> list[Job]:
-    """Seeds of every row; one whose sweep is not finished waits."""
+    """Seeds of every row whose data are there; one whose sweep is not finished waits."""
     return [
         job_of(row.name, row.experiment, seed)
         for row in table.rows
-        if row.experiment is not None and not row.grid
+        if row.experiment is not None and not row.grid and not data_fault(row.experiment)
         for seed in row.seeds
     ]
 

@@ -1,5 +1,6 @@
 """What a table shows: finished seeds of each row, its best published numbers, a verdict for each metric."""
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -43,7 +44,10 @@ def _settled(row: Row, root: Path) -> Row:
         return row
     means = [spread([result["last_acc"] for result in _sweep(row, point)]).mean for _, point in row.grid]
     point, _ = row.grid[means.index(max(means))]
-    return replace(row, experiment=resolve(row.experiment.file, {**row.experiment.set, **point}, root), grid=())
+    told = ", ".join(f"{key} {json.dumps(value)}" for key, value in point.items())
+    chosen = f"{told} of {len(means)} points, by {max(means):.2f} on the validation part"
+    experiment = resolve(row.experiment.file, {**row.experiment.set, **point}, root)
+    return replace(row, experiment=experiment, grid=(), chosen=chosen)
 
 
 def unsettled(row: Row) -> str:

@@ -77,6 +77,10 @@ def notes(table: TableFile, shown: Sequence[Shown]) -> list[str]:
     lines += [
         f"{entry.row.name}: the curves part after task {entry.parting}." for entry in shown if entry.parting is not None
     ]
+    lines += [f"{entry.row.name}: {entry.row.chosen}." for entry in shown if entry.row.chosen]
+    for entry in shown:
+        if entry.runs is not None and (left := sorted(set(entry.row.seeds) - set(entry.runs.seeds))):
+            lines.append(f"{entry.row.name}: not finished: seed {', '.join(map(str, left))}.")
     for entry in shown:
         for metric in table.spec.metrics:
             lines += _others(entry, metric)

@@ -100,13 +100,14 @@ class Experiment:
 
 @dataclass(frozen=True)
 class Row:
-    """experiment: None for a method that is not here. grid: {the keys of a point: its experiment on the validation
-    part}; the row's own experiment is then settled by `choose`."""
+    """experiment: None for a method that is not here. grid: (keys of a point, its experiment on the validation part);
+    empty once the best point is the row's experiment: chosen says which, and how good it was."""
 
     spec: RowSpec
     experiment: Experiment | None
     seeds: tuple[int, ...]
     grid: tuple[tuple[Mapping[str, Any], Experiment], ...] = ()
+    chosen: str = ""
 
     @property
     def name(self) -> str:

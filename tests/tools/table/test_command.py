@@ -119,6 +119,9 @@ def test_missing_data_are_said(project, capsys):
     write_table(project, [{"name": "x", "config": "../a.json", "set": {"dataset": "cub"}}])
     assert table("--data-root", str(project / "nowhere")) == 0
     assert "cannot compare: data missing: folder" in capsys.readouterr().out
+    assert table("--data-root", str(project / "nowhere"), "--run") == 1
+    assert "not run: x: data missing" in capsys.readouterr().out
+    assert not (project / "runs" / "a+dataset=cub").exists(), "no program is started for it"
 
 
 def test_folders_tell_what_is_set(project):
@@ -145,6 +148,10 @@ def test_a_sweep_takes_the_best_point_by_the_validation_part(project, capsys):
                    curve=(99.0, 90.0 if point["normalize"] == "half" else 70.0))  # fmt: skip
     assert table("--seeds", "1993", "--format", "csv") == 0
     assert "x,last_acc,1,1993,70.0," in capsys.readouterr().out
+    assert table("--seeds", "1993", "1996") == 0
+    out = capsys.readouterr().out
+    assert 'x: normalize "cifar" of 2 points, by 85.00 on the validation part.' in out
+    assert "x: not finished: seed 1996." in out
 
 
 def job(tmp_path: Path, name: str, code: str) -> Job:
