@@ -1,6 +1,5 @@
 """Seeds that are missing, each run by a program of its own: the command line with --resume, so a kill loses nothing."""
 
-import ctypes
 import json
 import os
 import signal
@@ -17,9 +16,9 @@ from utils.errors import Interrupted, UserError
 from utils.folders import read_result, seed_folder
 
 MAIN = Path(__file__).resolve().parent.parent.parent / "main.py"
+SUPERVISE = Path(__file__).resolve().parent / "supervise.py"
 FINISHED, STOPPED = 0, 3  # exit statuses of main.py
 POLL = 0.2  # seconds between two looks at the jobs
-_PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True)
@@ -163,18 +162,15 @@ def environment(slot: int, at_once: int, devices: Sequence[str]) -> dict[str, st
 
 
 def start(job: Job, variables: dict[str, str]) -> subprocess.Popen:
-    """In a session of its own, so that Ctrl-C reaches it once, through us; where the system can, it is asked to stop
-    when we are killed the hard way."""
+    """In a session of its own, so that Ctrl-C reaches it once, through us, under a supervisor that stops it when we are
+    killed the hard way."""
     job.log.parent.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-S", "-E", str(SUPERVISE), str(os.getpid()), *job.command]
     with job.log.open("w", encoding="utf-8") as log:
         return subprocess.Popen(
-            job.command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=variables,
-            start_new_session=True, preexec_fn=_die_with_parent if sys.platform == "linux" else None,
+            command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=variables,
+            start_new_session=True,
         )  # fmt: skip
-
-
-def _die_with_parent() -> None:
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def gpus() -> list[str]:

@@ -3,8 +3,10 @@
 import json
 import os
 import signal
+import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -188,6 +190,44 @@ def test_a_signal_stops_the_programs_and_waits_for_them(tmp_path):
     with pytest.raises(Interrupted):
         run_local([job(tmp_path, "long", code), job(tmp_path, "never", "print(1)")], outcomes.append)
     assert (tmp_path / "saved").exists() and not (tmp_path / "never.log").exists()
+
+
+def test_programs_save_when_the_command_is_killed_the_hard_way(tmp_path):
+    """However often the kernel tells of it: once for every thread of the command."""
+    inner = (
+        "import signal, sys, time, pathlib\n"
+        f"told = pathlib.Path({str(tmp_path / 'told')!r})\n"
+        "def note(*_):\n    told.write_text(told.read_text() + 'x' if told.exists() else 'x')\n"
+        "signal.signal(signal.SIGTERM, note)\n"
+        f"pathlib.Path({str(tmp_path / 'begun')!r}).touch()\n"
+        "end = time.time() + 30\n"
+        "while time.time() < end and not told.exists(): time.sleep(0.02)\n"
+        "time.sleep(0.6)\n"
+        f"pathlib.Path({str(tmp_path / 'saved')!r}).touch()\n"
+    )
+    outer = (
+        "import threading, time, sys\n"
+        f"sys.path.insert(0, {str(Path(main.__file__).parent)!r})\n"
+        "from pathlib import Path\n"
+        "from tools.table.jobs import Job, start\n"
+        "[threading.Thread(target=time.sleep, args=(60,), daemon=True).start() for _ in range(5)]\n"
+        f"start(Job('x', (sys.executable, '-c', {inner!r}), Path('x'), Path({str(tmp_path / 'log')!r})), {{}})\n"
+        "time.sleep(60)"
+    )
+    command = subprocess.Popen([sys.executable, "-c", outer])
+    wait_for(tmp_path / "begun")
+    command.kill()
+    command.wait()
+    wait_for(tmp_path / "saved")
+    assert (tmp_path / "told").read_text() == "x"
+
+
+def wait_for(path: Path) -> None:
+    for _ in range(1500):
+        if path.exists():
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"{path} never came")
 
 
 def test_gpus_are_dealt_out_and_cores_shared(monkeypatch):
