@@ -23,12 +23,19 @@ def stream(tmp_path):
     return f"npz:{path}" if path.is_file() else write_stream(path, classes=8)
 
 
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """(folder that tests may make runs in, finished run of finetune: 4 + 2 + 2 classes)."""
+    folder = tmp_path_factory.mktemp("plain")
+    return folder, run(folder, "source", increment=2, **B50)
+
+
 def numbers(folder):
     result = json.loads((folder / "result.json").read_text())
     return {key: value for key, value in result.items() if key not in UNLIKE}
 
 
-B50 = {"init_cls": 4, "epochs": 2, "keep_checkpoints": "first"}
+B50 = {"init_cls": 4, "epochs": 1, "keep_checkpoints": "first"}
 
 
 @pytest.mark.parametrize("learner, keys", [
@@ -46,7 +53,7 @@ def test_equal_to_the_digit_with_a_run_that_trained_it_itself(tmp_path, learner,
     assert lines[0] == lines[1]
 
 
-SESSION = {"bottleneck": 4, "petl": "adapter", "init_cls": 4, "increment": 2, "epochs": 2, "keep_checkpoints": "first"}
+SESSION = {"bottleneck": 4, "petl": "adapter", "init_cls": 4, "increment": 2, "epochs": 1, "keep_checkpoints": "first"}
 
 
 @pytest.mark.parametrize("source, taker", [
@@ -71,32 +78,31 @@ def test_another_first_session_is_refused(tmp_path, capsys):
     assert '"bottleneck" is 4 there, 8 here' in capsys.readouterr().err
 
 
-def test_later_tasks_may_have_another_schedule(tmp_path):
-    source = run(tmp_path, "source", increment=2, **B50)
-    keys = {"increment": 2, "epochs": 3, "init_epoch": 2, "lrate": 0.001, "init_lr": 0.005}
-    behind = run(tmp_path, "behind", init_from=str(source), **(B50 | keys))
+def test_later_tasks_may_have_another_schedule(plain, tmp_path):
+    keys = {"dataset": stream(plain[0]), "increment": 2, "epochs": 2, "init_epoch": 1, "lrate": 0.001, "init_lr": 0.005}
+    behind = run(tmp_path, "behind", init_from=str(plain[1]), **(B50 | keys))
     assert numbers(behind) == numbers(run(tmp_path, "alone", **(B50 | keys)))
 
 
 @pytest.mark.parametrize("keys, told", [
     ({"init_cls": 2}, "it has 4 classes, this one 2"),
-    ({"epochs": 3}, '"epochs" of the first task is 2 there, 3 here'),
+    ({"epochs": 3}, '"epochs" of the first task is 1 there, 3 here'),
     ({"normalize": "none"}, '"normalize" is "half" there, "none" here'),
     ({"model_name": "slca"}, '"model_name" is "finetune" there, "slca" here'),
     ({"class_order_seed": 3}, '"class_order_seed" is null there, 3 here'),
     ({"batch_size": 8}, '"batch_size" is 4 there, 8 here'),
 ])  # fmt: skip
-def test_another_first_task_is_refused_with_the_reason(tmp_path, capsys, keys, told):
-    source = run(tmp_path, "source", increment=2, **B50)
-    run(tmp_path, "behind", status=2, init_from=str(source), **(B50 | {"increment": 2} | keys))
+def test_another_first_task_is_refused_with_the_reason(plain, capsys, keys, told):
+    folder, source = plain
+    run(folder, "behind", status=2, init_from=str(source), **(B50 | {"increment": 2} | keys))
     assert told in capsys.readouterr().err
 
 
-def test_other_data_are_refused(tmp_path, capsys):
-    source = run(tmp_path, "source", increment=2, **B50)
-    other = write_stream(tmp_path / "other.npz", classes=8, seed=1)
+def test_other_data_are_refused(plain, capsys):
+    folder, source = plain
+    other = write_stream(folder / "other.npz", classes=8, seed=1)
     values = {"increment": 2, "dataset": other, "init_from": str(source)}
-    run(tmp_path, "behind", status=2, **(B50 | values))
+    run(folder, "behind", status=2, **(B50 | values))
     assert "its data are others" in capsys.readouterr().err
 
 
