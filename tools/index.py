@@ -133,9 +133,11 @@ def _reported(about: Mapping[str, Any], otherwise: str) -> str:
 
 
 def _figures(numbers: object) -> str:
-    """{"last_acc": 91.5 or {"mean": 91.5, ...}, "avg_acc": ...} -> "91.5 / 94.1"."""
+    """{"last_acc": 91.5 or {"mean": 91.5, ...}, "avg_acc": ...} -> "91.5 / 94.1"; "91.5" without an average."""
     if not isinstance(numbers, dict):
         return ""
     found = [numbers.get(key) for key in ("last_acc", "avg_acc")]
-    means = [entry.get("mean") if isinstance(entry, dict) else entry for entry in found]
-    return " / ".join("" if mean is None else f"{mean:g}" for mean in means) if means != [None, None] else ""
+    last, average = (entry.get("mean") if isinstance(entry, dict) else entry for entry in found)
+    if average is None:
+        return "" if last is None else f"{last:g}"
+    return f"{'?' if last is None else format(last, 'g')} / {average:g}"

@@ -165,7 +165,8 @@ def launcher(options: argparse.Namespace) -> Callable[[Sequence[Job], Told], lis
     parameters = parse_set(options.slurm)
     if options.jobs and cluster == "slurm":
         parameters.setdefault("slurm_array_parallelism", options.jobs)
-    return partial(run_submitted, made=executor(cluster, options.output / "submitit", parameters))
+    at_once = None if cluster == "slurm" else options.jobs or 1
+    return partial(run_submitted, made=executor(cluster, options.output / "submitit", parameters), at_once=at_once)
 
 
 def ended(outcome: Outcome) -> str:

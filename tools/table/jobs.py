@@ -218,14 +218,19 @@ def executor(cluster: str, folder: Path, parameters: dict[str, Any]) -> Any:
     return made
 
 
-def run_submitted(jobs: Sequence[Job], told: Told, made: Any) -> list[Outcome]:
-    """Run jobs through an executor of submitit. When this program is stopped, they go on without it."""
+def run_submitted(jobs: Sequence[Job], told: Told, made: Any, at_once: int | None = None) -> list[Outcome]:
+    """Run jobs through an executor of submitit. at_once: how many are submitted at a time; None: all, as one array,
+    which the cluster deals out. When this program is stopped, what was submitted goes on without it."""
     begun = time.perf_counter()
-    running = [(made.submit(Call(job)), job) for job in jobs]
-    for _, job in running:
-        told(job)
-    outcomes: list[Outcome] = []
-    while running:
+    waiting, running, outcomes = list(jobs), list[tuple[Any, Job]](), list[Outcome]()
+    while waiting or running:
+        room = len(waiting) if at_once is None else at_once - len(running)
+        if waiting and room > 0:
+            some, waiting = waiting[:room], waiting[room:]
+            with made.batch():
+                running += [(made.submit(Call(job)), job) for job in some]
+            for job in some:
+                told(job)
         for handle, job in list(running):
             if handle.done():
                 running.remove((handle, job))

@@ -248,12 +248,14 @@ def test_jobs_are_the_command_line_with_resume_and_finished_ones_are_skipped(pro
     )  # fmt: skip
 
 
-def test_submitit_runs_jobs_by_its_local_executor(tmp_path):
+@pytest.mark.parametrize("at_once", [1, None])
+def test_submitit_runs_jobs_by_its_local_executor(tmp_path, at_once):
     pytest.importorskip("submitit")
     from tools.table.jobs import executor, run_submitted
 
     jobs = [job(tmp_path, "bad", "print('no'); raise SystemExit(2)"), job(tmp_path, "good", "print('yes')")]
-    outcomes = run_submitted(jobs, lambda _: None, executor("local", tmp_path / "submitit", {"timeout_min": 5}))
+    made = executor("local", tmp_path / "submitit", {"timeout_min": 5})
+    outcomes = run_submitted(jobs, lambda _: None, made, at_once)
     assert {outcome.job.name: outcome.status for outcome in outcomes} == {"bad": 2, "good": 0}
     assert "yes" in (tmp_path / "good.log").read_text()
 
