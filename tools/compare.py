@@ -7,7 +7,7 @@ from typing import Any
 
 from utils.aggregate import Runs, Spread, finished_runs, spread
 from utils.errors import UserError, did_you_mean
-from utils.plots import FIGURES, Curves, plot_curves, protocol
+from utils.plots import FIGURES, curves_of, plot_curves, protocol
 from utils.tables import Form, Table, with_std
 
 COMMAND = "compare"
@@ -35,7 +35,7 @@ def main(options: argparse.Namespace) -> int:
     refuse(runs)
     print(comparison(runs, options.metrics, options.title, options.form), end="")
     if options.figure is not None:
-        curves = [Curves(label, found.curves, _sizes(found.first)) for label, found in runs.items()]
+        curves = [curves_of(label, found.curves, found.first) for label, found in runs.items()]
         plot_curves(curves, options.title or described(next(iter(runs.values()))), options.figure)
     return 0
 
@@ -143,7 +143,3 @@ def _numbers(result: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
 def described(runs: Runs) -> str:
     """Data and protocol, which all compared runs share."""
     return f"{runs.first['data']['name']}: {protocol(runs.first, seed=len(runs.results) == 1)}"
-
-
-def _sizes(result: Mapping[str, Any]) -> Sequence[int] | None:
-    return None if result["domains"] else result["task_sizes"]

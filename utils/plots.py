@@ -33,6 +33,11 @@ class Curves:
     sizes: Sequence[int] | None = None
 
 
+def curves_of(label: str, values: np.ndarray, result: Mapping[str, Any]) -> Curves:
+    """values (seeds, tasks). result: of one of the seeds."""
+    return Curves(label, values, None if result["domains"] else result["task_sizes"])
+
+
 def new_figure(width: float = SIZE[0], height: float = SIZE[1], dpi: int = 120) -> Any:
     """An empty figure that draws itself into files."""
     named = os.environ.pop("MPLBACKEND", None)  # a name that is no backend stops the import

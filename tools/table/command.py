@@ -94,12 +94,11 @@ def check_outputs(tables: Sequence[Path], figures: Sequence[Path | None], output
 
 
 def draw(table: TableFile, shown: Sequence[Any], figure: Path | None, differences: Path | None) -> None:
-    from utils.plots import Curves, plot_curves, plot_differences
+    from utils.plots import curves_of, plot_curves, plot_differences
 
     caption = f"{table.spec.title}\n{table.spec.protocol}"
     if figure is not None:
-        curves = [Curves(entry.row.name, entry.runs.curves, entry.runs.first["task_sizes"]) for entry in shown
-                  if entry.runs is not None]  # fmt: skip
+        curves = [curves_of(row.row.name, row.runs.curves, row.runs.first) for row in shown if row.runs is not None]
         if not curves:
             raise UserError(f"--figure {figure}: no row has a finished seed, so there is no curve to draw")
         plot_curves(curves, caption, figure)
