@@ -31,7 +31,7 @@ def as_table(table: TableFile, shown: Sequence[Shown]) -> Table:
                 with_std(value.mean, value.std) if value is not None else "",
                 number(verdict.difference, signed=True),
                 number(verdict.error),
-                verdict.text,
+                verdict.word,
                 published.kind if published is not None else "",
             ])  # fmt: skip
     caption = f"{table.spec.title}. {table.spec.protocol}."
@@ -77,6 +77,7 @@ def notes(table: TableFile, shown: Sequence[Shown]) -> list[str]:
     lines += [
         f"{entry.row.name}: the curves part after task {entry.parting}." for entry in shown if entry.parting is not None
     ]
+    lines += _reasons(table, shown)
     lines += [f"{entry.row.name}: {entry.row.chosen}." for entry in shown if entry.row.chosen]
     for entry in shown:
         if entry.runs is not None and (left := sorted(set(entry.row.seeds) - set(entry.runs.seeds))):
@@ -85,6 +86,25 @@ def notes(table: TableFile, shown: Sequence[Shown]) -> list[str]:
         for metric in table.spec.metrics:
             lines += _others(entry, metric)
     return lines + ([table.spec.note] if table.spec.note else [])
+
+
+def _reasons(table: TableFile, shown: Sequence[Shown]) -> list[str]:
+    """Why rows have no comparison, each reason once."""
+    found: dict[str, dict[str, list[str]]] = {}
+    for entry in shown:
+        for metric in table.spec.metrics:
+            verdict = entry.verdicts[metric]
+            if verdict.word in ("cannot compare", "not run") and verdict.reason:
+                found.setdefault(verdict.text, {}).setdefault(entry.row.name, []).append(title_of(metric))
+    every = len(table.spec.metrics)
+    return [
+        f"{text}: "
+        + "; ".join(
+            name if len(metrics) == every else f"{name} ({', '.join(metrics)})" for name, metrics in rows.items()
+        )
+        + "."
+        for text, rows in found.items()
+    ]
 
 
 def _others(entry: Shown, metric: str) -> list[str]:
