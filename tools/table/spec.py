@@ -1,5 +1,6 @@
 """A table file: JSON that names experiments beside the numbers that were published for them."""
 
+import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -12,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from models.factory import load_config
 from tools.index import KINDS
+from tools.table.places import below_experiments
 from utils.checking import read_json
 from utils.config import MACHINE_KEYS, RunConfig
 from utils.errors import ConfigError, UserError, did_you_mean
@@ -189,8 +191,6 @@ def resolve(file: Path, given: Mapping[str, Any], root: Path) -> Experiment:
 
 def _folder(file: Path, given: Mapping[str, Any]) -> Path:
     """As `main.py --config` has it, so that its runs count; with keys that are set behind the name."""
-    from tools.table.places import below_experiments
-
     told = {key: value for key, value in given.items() if key not in MACHINE_KEYS}
     named = "".join(f"+{key}={_short(value)}" for key, value in sorted(told.items()))
     place = below_experiments(file)
@@ -199,8 +199,6 @@ def _folder(file: Path, given: Mapping[str, Any]) -> Path:
 
 def _short(value: Any) -> str:
     """A value as a part of a folder's name; long ones end in a digest, so that two never meet."""
-    import hashlib
-
     text = value if isinstance(value, str) else json.dumps(value)
     plain = re.sub(r"[^A-Za-z0-9.,_-]+", "-", text).strip("-")
     if plain == text and len(plain) <= 40:
