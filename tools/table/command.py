@@ -28,7 +28,7 @@ from tools.table.sharing import behind, divide
 from tools.table.show import as_table, csv_table
 from tools.table.spec import TableFile, read_table
 from utils.checking import parse_set
-from utils.errors import UserError
+from utils.errors import Interrupted, UserError
 from utils.results import make_folder, write_text
 from utils.tables import SUFFIXES, Table
 
@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 
 
 def run(options: argparse.Namespace) -> int:
-    """0; 1 where a job failed. Raises UserError, and Interrupted when stopped while jobs ran."""
+    """0; 1 where a job failed or has no data, 3 when it was stopped while jobs ran. Raises UserError."""
     outputs = [*options.write, *(path for path in (options.figure, options.differences) if path is not None)]
     check_outputs(options.write, [options.figure, options.differences], outputs)
     if options.jobs is not None and options.jobs < 1:
@@ -49,10 +49,13 @@ def run(options: argparse.Namespace) -> int:
     failed: list[Outcome] = []
     if options.run:
         make_folder(options.output)
-        failed += launch(sweep_jobs(table), options)
-    table = settle(table, options.output)
-    if options.run:
-        failed += launch(row_jobs(table), options)
+    try:
+        failed += launch(sweep_jobs(table), options) if options.run else []
+        table = settle(table, options.output)
+        failed += launch(row_jobs(table), options) if options.run else []
+    except Interrupted as name:
+        log.error("stopped by %s: what was begun is saved, and the same command goes on with it", name)
+        return STOPPED
     skipped = without_data(table) if options.run else {}
     shown = collect(table)
     for path in options.write:

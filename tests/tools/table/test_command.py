@@ -193,6 +193,15 @@ def test_a_signal_stops_the_programs_and_waits_for_them(tmp_path):
     assert (tmp_path / "saved").exists() and not (tmp_path / "never.log").exists()
 
 
+def test_a_stopped_table_says_that_the_same_command_goes_on(project, capsys, monkeypatch):
+    def stopped(*_, **__):
+        raise Interrupted("SIGINT")
+
+    monkeypatch.setattr("tools.table.command.run_local", stopped)
+    assert table("--rows", "not & run", "--run", "--device", "cpu") == 3
+    assert "stopped by SIGINT: what was begun is saved, and the same command goes on" in capsys.readouterr().out
+
+
 def test_programs_save_when_the_command_is_killed_the_hard_way(tmp_path):
     """However often the kernel tells of it: once for every thread of the command."""
     inner = (
