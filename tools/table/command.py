@@ -53,8 +53,8 @@ def run(options: argparse.Namespace) -> int:
         failed += launch(sweep_jobs(table), options) if options.run else []
         table = settle(table, options.output)
         failed += launch(row_jobs(table), options) if options.run else []
-    except Interrupted as name:
-        log.error("stopped by %s: what was begun is saved, and the same command goes on with it", name)
+    except Interrupted as signalled:
+        log.error("stopped by %s: what was begun is saved, and the same command goes on with it", signalled)
         return STOPPED
     skipped = without_data(table) if options.run else {}
     shown = collect(table)
