@@ -114,6 +114,15 @@ def test_nothing_to_show_is_an_error(tmp_path, capsys):
     assert not (tmp_path / "r.html").exists()
 
 
+def test_a_page_is_written_anew_and_another_file_is_left_alone(runs, capsys):
+    page(runs)
+    page(runs)
+    (runs / "out" / "report.html").write_text("<p>mine</p>")
+    assert main.main(["report", str(runs / "runs"), "--output", str(runs / "out" / "report.html")]) == 2
+    assert "no page of this command" in capsys.readouterr().err
+    assert (runs / "out" / "report.html").read_text() == "<p>mine</p>"
+
+
 def test_500_runs_make_a_page_of_a_few_mib(tmp_path):
     for number in range(500):
         write_seed(tmp_path / "runs" / f"{number:03d}", made_config(), 1993)

@@ -15,6 +15,7 @@ from utils.results import write_text
 
 HERE = Path(__file__).resolve().parent
 MIB = 2**20
+MARK = '<table id="runs">'  # in every page: what is written anew, and what is somebody's
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,8 @@ def write_report(folder: Path, output: Path, title: str) -> tuple[int, list[str]
     """
     if not folder.is_dir():
         raise UserError(f"no such folder: '{folder}'")
+    if output.is_file() and MARK not in output.read_text(encoding="utf-8", errors="replace"):
+        raise UserError(f"'{output}' is there already, and no page of this command: choose another name")
     runs, faults = collect(folder)
     if not runs:
         raise UserError(f"'{folder}' holds no run" + "".join(f"\n  - {fault}" for fault in faults))

@@ -220,24 +220,28 @@ def executor(cluster: str, folder: Path, parameters: dict[str, Any]) -> Any:
 
 def run_submitted(jobs: Sequence[Job], told: Told, made: Any, at_once: int | None = None) -> list[Outcome]:
     """Run jobs through an executor of submitit. at_once: how many are submitted at a time; None: all, as one array,
-    which the cluster deals out. When this program is stopped, what was submitted goes on without it."""
+    which the cluster deals out.
+
+    Raises Interrupted on SIGINT or SIGTERM; what was submitted goes on.
+    """
     begun = time.perf_counter()
     waiting, running, outcomes = list(jobs), list[tuple[Any, Job]](), list[Outcome]()
-    while waiting or running:
-        room = len(waiting) if at_once is None else at_once - len(running)
-        if waiting and room > 0:
-            some, waiting = waiting[:room], waiting[room:]
-            with made.batch():
-                running += [(made.submit(Call(job)), job) for job in some]
-            for job in some:
-                told(job)
-        for handle, job in list(running):
-            if handle.done():
+    with _Stop() as stop:
+        while waiting or running:
+            if stop.asked:
+                raise Interrupted(stop.asked)
+            room = len(waiting) if at_once is None else at_once - len(running)
+            if waiting and room > 0:
+                some, waiting = waiting[:room], waiting[room:]
+                with made.batch():
+                    running += [(made.submit(Call(job)), job) for job in some]
+                for job in some:
+                    told(job)
+            for handle, job in [entry for entry in running if entry[0].done()]:
                 running.remove((handle, job))
-                error = handle.exception()
-                status = handle.result() if error is None else 1
+                status = handle.result() if handle.exception() is None else 1
                 outcomes.append(Outcome(job, status, time.perf_counter() - begun))
                 told(outcomes[-1])
-        if running:
-            time.sleep(POLL)
+            if running:
+                time.sleep(POLL)
     return outcomes
