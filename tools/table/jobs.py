@@ -9,11 +9,13 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from tools.table.spec import Experiment
 from utils.errors import Interrupted, UserError
 from utils.folders import read_result, seed_folder
+
+if TYPE_CHECKING:  # a job travels to other machines, which need not import all learners to start a program
+    from tools.table.spec import Experiment
 
 MAIN = Path(__file__).resolve().parent.parent.parent / "main.py"
 SUPERVISE = Path(__file__).resolve().parent / "supervise.py"
@@ -58,7 +60,7 @@ class Outcome:
     seconds: float = 0.0
 
 
-def job_of(name: str, experiment: Experiment, seed: int) -> Job:
+def job_of(name: str, experiment: "Experiment", seed: int) -> Job:
     """`--resume` on a fresh folder starts it; the program that is stopped half way goes on where it was."""
     from tools.table.sharing import shared_task
 
