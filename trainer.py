@@ -150,8 +150,7 @@ class SeedRun(Observer):
                 self.save("start")
             self._report()
         finally:
-            for tracker in self.trackers:
-                tracker.close()
+            self.trackers.close()
 
     def _fresh(self) -> Learner:
         learner = seeded_learner(self.config, self.runtime, self.manager[0])
@@ -205,8 +204,8 @@ class SeedRun(Observer):
         record.stored_bytes = [*record.stored_bytes[: task.index], stored_bytes(learner)]
         record.done, record.stage = task.index + 1, 0
         result = self.result()
-        for tracker in self.trackers:
-            tracker.task(result, self.epochs.lines)
+        if self.runtime.is_main:
+            self.trackers.task(result, self.epochs.lines)
         if kept is not None:
             kept.write(self.runtime, self.manager[: task.index + 1], result, self.folder)
         log.info("task %d/%d  accuracy %.2f  average %.2f  task known %.2f", task.index + 1, task.num_tasks,
@@ -330,8 +329,7 @@ class SeedRun(Observer):
                  numbers["loss"], numbers["lr"], numbers["images_per_second"], _duration(left), extra)  # fmt: skip
         if self.runtime.is_main:
             self.epochs.append(line)
-            for tracker in self.trackers:
-                tracker.epoch(line, self.epochs.lines)
+            self.trackers.epoch(line, self.epochs.lines)
         self.save_if_due("fit", fit)
 
     def stage_done(self, number: int) -> None:

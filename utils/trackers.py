@@ -2,11 +2,14 @@
 task, never inside a step. Both packages are optional."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from utils.errors import UserError
+
+log = logging.getLogger(__name__)
 
 PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb"}
 
@@ -24,7 +27,31 @@ class Tracker(Protocol):
         """What is buffered is written."""
 
 
-def open_trackers(names: Sequence[str], folder: Path, config: Mapping[str, Any], done: int) -> list[Tracker]:
+class Trackers:
+    """Several at once. One that fails, for want of a network or of room, is left out from then on: it stops no run."""
+
+    def __init__(self, trackers: Sequence[Tracker]):
+        self._trackers = list(trackers)
+
+    def epoch(self, line: Mapping[str, Any], number: int) -> None:
+        self._each(lambda tracker: tracker.epoch(line, number))
+
+    def task(self, result: Mapping[str, Any], epochs: int) -> None:
+        self._each(lambda tracker: tracker.task(result, epochs))
+
+    def close(self) -> None:
+        self._each(lambda tracker: tracker.close())
+
+    def _each(self, tell: Callable[[Tracker], None]) -> None:
+        for tracker in list(self._trackers):
+            try:
+                tell(tracker)
+            except Exception as error:  # noqa: BLE001 - packages of others may raise anything
+                log.warning("%s takes no more records: %s: %s", type(tracker).__name__, type(error).__name__, error)
+                self._trackers.remove(tracker)
+
+
+def open_trackers(names: Sequence[str], folder: Path, config: Mapping[str, Any], done: int) -> Trackers:
     """done: lines of epochs.jsonl that an interrupted run goes on behind.
 
     Raises UserError naming the package that is missing.
@@ -37,7 +64,7 @@ def open_trackers(names: Sequence[str], folder: Path, config: Mapping[str, Any],
             raise UserError(
                 f'"log_to": "{name}" needs the package "{PACKAGES[name]}" ({error}): pip install {PACKAGES[name]}'
             ) from None
-    return made
+    return Trackers(made)
 
 
 def epoch_numbers(line: Mapping[str, Any]) -> dict[str, float]:

@@ -9,7 +9,7 @@ import main
 from tests.conftest import tiny_values
 from tests.made_results import made_config, made_result
 from utils.errors import UserError
-from utils.trackers import epoch_numbers, open_trackers, task_numbers
+from utils.trackers import Trackers, epoch_numbers, open_trackers, task_numbers
 
 
 class Kept:
@@ -35,13 +35,25 @@ def run(tmp_path, *more, **keys):
 
 def test_what_is_logged_is_what_the_files_hold(tmp_path, monkeypatch):
     kept = Kept()
-    monkeypatch.setattr("trainer.open_trackers", lambda *_: [kept])
+    monkeypatch.setattr("trainer.open_trackers", lambda *_: Trackers([kept]))
     assert run(tmp_path, log_to=["tensorboard"]) == 0
     lines = [json.loads(line) for line in (tmp_path / "out" / "seed1993" / "epochs.jsonl").read_text().splitlines()]
     result = json.loads((tmp_path / "out" / "seed1993" / "result.json").read_text())
     assert kept.epochs == list(enumerate(lines, 1))
     assert [accuracy for _, accuracy in kept.tasks] == result["curve"]
     assert [epochs for epochs, _ in kept.tasks] == [2, 4, 6] and kept.closed
+
+
+def test_a_logger_that_fails_stops_no_run(tmp_path, monkeypatch, capsys):
+    class Broken(Kept):
+        def epoch(self, line, number):
+            raise ConnectionError("no network")
+
+    broken, kept = Broken(), Kept()
+    monkeypatch.setattr("trainer.open_trackers", lambda *_: Trackers([broken, kept]))
+    assert run(tmp_path, log_to=["wandb"]) == 0
+    assert capsys.readouterr().out.count("takes no more records: ConnectionError: no network") == 1
+    assert len(kept.epochs) == 6 and not broken.closed
 
 
 def test_numbers_of_records():
