@@ -9,6 +9,7 @@ from typing import Literal
 Form = Literal["text", "markdown", "csv", "latex"]
 FORMS: tuple[Form, ...] = ("text", "markdown", "csv", "latex")
 SUFFIXES: dict[str, Form] = {".txt": "text", ".md": "markdown", ".csv": "csv", ".tex": "latex"}
+PAGE = 45  # rows that fit on one
 _ESCAPED = str.maketrans(
     {"&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}", "~": r"\textasciitilde{}",
      "^": r"\textasciicircum{}", "\\": r"\textbackslash{}", "±": r"$\pm$", "−": r"$-$"}
@@ -57,19 +58,23 @@ class Table:
         return text.getvalue()
 
     def _latex(self) -> str:
-        """A floating table; needs the package booktabs."""
+        """A floating table; one that is longer than a page goes over several. Needs booktabs, and longtable then."""
         columns = "".join("r" if number in self.numeric else "l" for number in range(len(self.headers)))
 
         def line(cells: Sequence[str]) -> str:
             return " & ".join(map(_latex_cell, cells)) + r" \\"
 
-        caption = self.caption.translate(_ESCAPED)
-        notes = " ".join(self.notes).translate(_ESCAPED)
+        caption, notes = (text.translate(_ESCAPED) for text in (self.caption, " ".join(self.notes)))
         below = [rf"\par\medskip\parbox{{\linewidth}}{{\footnotesize {notes}}}"] if notes else []
+        head, body = [r"\toprule", line(self.headers), r"\midrule"], [*map(line, self.rows), r"\bottomrule"]
+        if len(self.rows) <= PAGE:
+            return "\n".join([
+                "% needs \\usepackage{booktabs}", r"\begin{table}", r"\centering", rf"\caption{{{caption}}}",
+                rf"\begin{{tabular}}{{{columns}}}", *head, *body, r"\end{tabular}", *below, r"\end{table}",
+            ]) + "\n"  # fmt: skip
         return "\n".join([
-            "% needs \\usepackage{booktabs}", r"\begin{table}", r"\centering", rf"\caption{{{caption}}}",
-            rf"\begin{{tabular}}{{{columns}}}", r"\toprule", line(self.headers), r"\midrule", *map(line, self.rows),
-            r"\bottomrule", r"\end{tabular}", *below, r"\end{table}",
+            "% needs \\usepackage{booktabs,longtable}", rf"\begin{{longtable}}{{{columns}}}",
+            rf"\caption{{{caption}}}\\", *head, r"\endfirsthead", *head, r"\endhead", *body, r"\end{longtable}", *below,
         ]) + "\n"  # fmt: skip
 
     def _notes(self, bullet: str) -> list[str]:
