@@ -113,11 +113,6 @@ def summarise(config: RunConfig, folder: Path) -> None:
     results = [r for r in found if r is not None and r["finished"] and not config.same_run(r["config"])]
     if not results:
         return
-    from utils.aggregate import differences  # which reads folders by what stands here
-
-    if faults := differences(results):
-        log.warning("no summary of '%s': its seeds differ in more than the seed: %s", folder, "; ".join(faults))
-        return
     summary = summarise_seeds(results)
     write_json(folder / "summary.json", summary)
     write_text(folder / "summary.md", summary_text(results, summary))

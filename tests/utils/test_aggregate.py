@@ -5,7 +5,6 @@ import pytest
 from tests.made_results import made_config, made_result, write_seed
 from utils.aggregate import differences, finished_runs, runs_of, spread
 from utils.errors import UserError
-from utils.folders import summarise
 
 CONFIG = made_config()
 
@@ -40,17 +39,6 @@ def test_runs_that_differ_in_more_than_the_seed_are_not_mixed(tmp_path, other, t
     with pytest.raises(UserError, match="mixes runs") as caught:
         runs_of(tmp_path, [made_result(CONFIG, 1993), other])
     assert f"- {told}" in str(caught.value)
-
-
-def test_a_run_writes_no_summary_over_seeds_on_other_data(tmp_path, caplog):
-    write_seed(tmp_path, CONFIG, 1)
-    write_seed(tmp_path, CONFIG, 2)
-    summarise(CONFIG, tmp_path)
-    assert (tmp_path / "summary.json").is_file()
-    (tmp_path / "summary.json").unlink()
-    write_seed(tmp_path, CONFIG, 3, data={"name": "digits", "hash": "e" * 64, "split": "fixed"})
-    summarise(CONFIG, tmp_path)
-    assert not (tmp_path / "summary.json").exists() and "differ in more than the seed: data" in caplog.text
 
 
 def test_machine_keys_may_differ():
