@@ -21,6 +21,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import tools
+from tools.table.places import below_experiments
 
 # Flags of version 0.1 -> the commands that took their place.
 OLD_FLAGS = {
@@ -168,15 +169,14 @@ def _interruptible() -> None:
 
 
 def result_folder(config: Path, output: Path | None, alone: bool) -> Path:
-    """runs/<stem>, with the folders below exps/ in between: exps/slca/cars.json and exps/raa/cars.json differ."""
-    parts = config.resolve().with_suffix("").parts
-    below = parts[len(parts) - parts[::-1].index("exps") :] if "exps" in parts[:-1] else parts[-1:]
+    """runs/<stem>, with the folders below exps/ in between; below `output` where several configs share it."""
+    below = below_experiments(config)
     if output is None:
-        return Path("runs", *below)
+        return Path("runs") / below
     from utils.storage import expanded
 
     output = expanded(output)
-    return output if alone else output.joinpath(*below)
+    return output if alone else output / below
 
 
 if __name__ == "__main__":

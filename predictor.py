@@ -26,6 +26,7 @@ from utils.config import RunConfig
 from utils.errors import DataError, UserError
 from utils.folders import finished_result, single_seed
 from utils.runtime import Runtime
+from utils.storage import expanded
 
 Picture = str | Path | Image.Image | np.ndarray
 
@@ -102,9 +103,9 @@ class Predictor:
                 raise UserError(f"an array must be uint8 (H, W, 3), got {image.dtype} {list(image.shape)}")
             return self._transform(image).float() / 255
         if isinstance(image, str | Path):
-            if not Path(image).expanduser().is_file():
+            if not expanded(image).is_file():
                 raise DataError(f"image '{image}' cannot be read (no such file)")
-            return self._transform(read_image(Path(image).expanduser())).float() / 255
+            return self._transform(read_image(expanded(image))).float() / 255
         if isinstance(image, Image.Image):
             return self._transform(image.convert("RGB")).float() / 255
         raise UserError(f"{type(image).__name__} is no image: give paths, PIL images, uint8 arrays or float tensors")

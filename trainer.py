@@ -15,16 +15,18 @@ from data.splits import cache_root
 from data.stream import DataManager, Task, TaskInfo
 from models.base import Learner
 from models.factory import build_learner
+from models.parts import first_task
 from models.parts.costs import num_trainable, stored_bytes
 from models.parts.evaluation import evaluate
 from models.parts.frozen_store import FrozenStore
 from models.parts.loop import FitState, Observer, Position, learn
+from models.parts.predictions import Predictions
 from models.parts.probe import probe
-from models.parts.remarks import refuse_too_few, remarks
+from models.parts.remarks import check_processes, refuse_stream, remarks
 from models.parts.state import learner_state, restore
 from utils import checkpoint
 from utils.config import RunConfig
-from utils.errors import ConfigError, Interrupted
+from utils.errors import Interrupted
 from utils.folders import claim, draw, refuse_foreign, refuse_other_inputs, seed_folder, sound_result, summarise
 from utils.interrupt import StopSignal
 from utils.metrics import accuracy_by_class, summarise_probe, summarise_scores
@@ -34,6 +36,7 @@ from utils.results import EpochLog, curve_text, make_folder, run_log, write_json
 from utils.runtime import Runtime
 from utils.seed import rng_state, seed_everything, set_rng_state
 from utils.storage import held
+from utils.trackers import open_trackers
 from utils.version import VERSION, commit
 
 log = logging.getLogger(__name__)
@@ -71,34 +74,6 @@ def prepare(config: RunConfig, runtime: Runtime) -> tuple[DataManager, Learner]:
     learner = seeded_learner(config, runtime, manager[0])
     refuse_stream(learner, manager)
     return manager, learner
-
-
-def refuse_stream(learner: Learner, manager: DataManager) -> None:
-    """Raises ConfigError where the method is not defined for the stream, or has too few images in it."""
-    kind = "domain" if manager.domain_incremental else "class"
-    if kind not in learner.streams:
-        takes = " and ".join(f"{name}-incremental" for name in sorted(learner.streams))
-        raise ConfigError(
-            "dataset",
-            [f"{manager.data.name} is a {kind}-incremental stream; {learner.config.model_name} takes {takes} ones"],
-        )
-    refuse_too_few(learner.config, manager, learner.network.feature_dim)
-
-
-def check_processes(config: RunConfig, runtime: Runtime) -> None:
-    """Raises ConfigError where several processes would change what is predicted; warns of what depends on its batch."""
-    if not config.batch_dependent:
-        return
-    if runtime.world > 1:
-        raise ConfigError(
-            config.model_name,
-            ["its predictions depend on their batch, as published: run it in one process, or without upstream"],
-        )
-    log.warning(
-        "%s with upstream: predictions depend on the other images of a test batch, which come class by class, "
-        "batch_size at a time; `python main.py audit RUN` says what that is worth",
-        config.model_name,
-    )
 
 
 def run_seed(config: RunConfig, folder: Path, runtime: Runtime, resume: bool) -> None:
@@ -141,6 +116,9 @@ class SeedRun(Observer):
         self.store = FrozenStore(config.frozen_gib * 2**30, cache_root(config.cache_root) / "frozen")
         if runtime.is_main:
             self.epochs = EpochLog(folder / "epochs.jsonl", self.record.epoch_lines)
+        names = config.log_to if runtime.is_main else ()
+        done = len(self.record.epoch_lines)
+        self.trackers = open_trackers(names, folder, config.model_dump(mode="json"), done)
         self.batches, self.bar, self._points = 0, None, 0
         self._held = ExitStack()  # keeps a signal from cutting what has safe points
 
@@ -150,14 +128,32 @@ class SeedRun(Observer):
         for remark in remarks(self.config, self.manager):
             log.warning("%s", remark)
         log.info("%s; %s", self.runtime.device, self.learner.network.backbone.info.report)
-        for index in range(self.record.done, len(self.manager)):
-            self._learn(self.manager[index])
-            self._evaluate(self.manager[index])
-            self.save("start")
-        self._report()
+        try:
+            for index in range(self.record.done, len(self.manager)):
+                self._learn(self.manager[index])
+                self._evaluate(self.manager[index])
+                self.save("start")
+            self._report()
+        finally:
+            self.trackers.close()
 
     def _fresh(self) -> Learner:
-        return seeded_learner(self.config, self.runtime, self.manager[0])
+        learner = seeded_learner(self.config, self.runtime, self.manager[0])
+        return learner if self.config.init_from is None else self._behind_first_task(learner)
+
+    def _behind_first_task(self, learner: Learner) -> Learner:
+        """As another run left it in its first task, with all that the task measured."""
+        state = first_task.begin_behind(learner, self.manager, self.record)
+        self._go_on(state)
+        log.info("the first task is that of %s", self.config.init_from)
+        return learner
+
+    def _go_on(self, state: dict[str, Any]) -> None:
+        """Clocks and generators where a checkpoint left them; the record is taken up already."""
+        self.runtime.stopwatch.seconds.update(self.record.seconds)
+        self.total_before = self.record.total
+        states = state["rng"]
+        set_rng_state(states[self.runtime.rank if self.runtime.rank < len(states) else 0], self.runtime.device)
 
     def _resumed(self) -> Learner:
         """The learner of the checkpoint, and everything else of it taken up."""
@@ -168,11 +164,7 @@ class SeedRun(Observer):
         restore(learner, state["learner"])
         checkpoint.refuse_other(self.checkpoint, identity, self._identity(learner))  # a run may have several networks
         self.record.load_state_dict(state["record"])
-        self.runtime.stopwatch.seconds.update(self.record.seconds)
-        self.total_before = self.record.total
-        states = state["rng"]
-        own = states[self.runtime.rank if self.runtime.rank < len(states) else 0]
-        set_rng_state(own, self.runtime.device)
+        self._go_on(state)
         where = {"start": "", "fit": ", in training", "fitted": ", trained"}[self.record.phase]
         log.info("resumed: %d of %d tasks done%s", self.record.done, len(self.manager), where)
         return learner
@@ -187,7 +179,8 @@ class SeedRun(Observer):
 
     def _evaluate(self, task: Task) -> None:
         learner, record, config = self.learner, self.record, self.config
-        found = evaluate(learner, self.manager.tested_after(task), self.store)
+        kept = Predictions() if config.save_predictions else None
+        found = evaluate(learner, self.manager.tested_after(task), self.store, keep=None if kept is None else kept.add)
         record.add(task.index, found.names, found.correct, found.by_class)
         record.images_tested += found.images
         if config.probe is not None:
@@ -197,6 +190,10 @@ class SeedRun(Observer):
         record.stored_bytes = [*record.stored_bytes[: task.index], stored_bytes(learner)]
         record.done, record.stage = task.index + 1, 0
         result = self.result()
+        if self.runtime.is_main:
+            self.trackers.task(result, len(self.epochs.lines))
+        if kept is not None:
+            kept.write(self.runtime, self.manager[: task.index + 1], result, self.folder)
         log.info("task %d/%d  accuracy %.2f  average %.2f  task known %.2f", task.index + 1, task.num_tasks,
                  result["last_acc"], result["avg_acc"], result["last_acc_task_il"])  # fmt: skip
 
@@ -322,6 +319,7 @@ class SeedRun(Observer):
                  numbers["loss"], numbers["lr"], numbers["images_per_second"], _duration(left), extra)  # fmt: skip
         if self.runtime.is_main:
             self.epochs.append(line)
+            self.trackers.epoch(line, len(self.epochs.lines))
         self.save_if_due("fit", fit)
 
     def stage_done(self, number: int) -> None:
@@ -357,8 +355,8 @@ class SeedRun(Observer):
             if phase == "start" and record.done:
                 write_json(self.folder / "result.json", self.result() | {"finished": False})
             checkpoint.save(state, self.checkpoint, self._identity())
-            if phase == "start" and record.done > record.task and self.config.keep_checkpoints == "tasks":
-                checkpoint.keep(self.checkpoint, f"task{record.done}.pt")
+            if (name := first_task.kept_as(self.learner, phase, record)) is not None:
+                checkpoint.keep(self.checkpoint, name)
 
     def _identity(self, learner: Learner | None = None) -> dict[str, Any]:
         """What the checkpoint belongs to."""
@@ -366,6 +364,7 @@ class SeedRun(Observer):
         return {
             "learner": self.config.model_name,
             "seed": self.config.seeds[0],
+            "torch_seed": self.config.torch_seed,
             "config": self.config.fingerprint(),
             "data": self.manager.data.digest,
             "weights": report.sha256 or report.name,

@@ -18,6 +18,7 @@ from convs.cast_once import cast_frozen_once
 from convs.small import SMALL
 from convs.weights import ASKED, RANDOM, LoadReport, WeightOptions, load_weights
 from utils.errors import ConfigError, UserError, WeightsError, did_you_mean, reason
+from utils.storage import expanded
 
 BUNDLED = Path(__file__).resolve().parent.parent / "data"
 SMALL_SIZE = 32  # pixels a side, of bundled networks and those of convs/small.py
@@ -156,7 +157,7 @@ class BackboneMaker:
 def weight_file(text: str) -> Path:
     """Raises WeightsError for a home directory of nobody."""
     try:
-        return Path(text).expanduser()
+        return expanded(text)
     except RuntimeError as error:
         raise WeightsError(f"weights '{text}': {reason(error)}") from None
 

@@ -22,6 +22,7 @@ from data.splits import split_hash
 from utils.errors import DataError, UserError, did_you_mean, reason
 from utils.files import special
 from utils.registry import Registry, imported
+from utils.storage import expanded
 
 log = logging.getLogger(__name__)
 
@@ -35,8 +36,8 @@ def default_root(data_root: str | None) -> Path:
     A blank at either end, easily pasted along, is dropped unless the folder is really called so.
     """
     text = data_root or os.environ.get("PALIMPSEST_DATA") or "~/.cache/palimpsest/data"
-    path = Path(text).expanduser()
-    return path if path.exists() else Path(text.strip()).expanduser()
+    path = expanded(text)
+    return path if path.exists() else expanded(text.strip())
 
 
 def load(name: str, data_root: str | None, options: Options | None = None) -> ImageData:
@@ -118,7 +119,7 @@ def _read(name: str, data_root: str | None, options: Options, findings: Findings
         return read_row(ROWS[name], default_root(data_root), options, findings)
     if colon and kind == "folder":
         row = replace(_OWN_FOLDER, key=name)
-        path = Path(place).expanduser()
+        path = expanded(place)
         if path.is_dir():
             return _finished(class_folders(row, path, options, findings), row.variants[0])
         findings.error("D01", f"folder '{path}' not found. Expected: {row.expects} below it")
@@ -126,7 +127,7 @@ def _read(name: str, data_root: str | None, options: Options, findings: Findings
     if _fixed_split(options, findings):
         return None
     if colon and kind == "npz":
-        return load_npz(Path(place).expanduser(), findings)
+        return load_npz(expanded(place), findings)
     return SOURCES[name](default_root(data_root))
 
 

@@ -18,6 +18,7 @@ from data.images import IMAGE_SUFFIXES
 from utils.errors import reason, shown
 from utils.files import likely_cause, special
 from utils.seed import mix
+from utils.storage import expanded
 
 TEST_SHARE = 0.2
 Pool = Mapping[str, Sequence[Path]]  # class name -> images
@@ -26,13 +27,13 @@ Chosen = dict[str, dict[str, list[Path]]]  # half -> class name -> images
 
 def cache_root(chosen: str | None) -> Path:
     """Where derived files lie: the key cache_root, then $PALIMPSEST_CACHE, then ~/.cache/palimpsest."""
-    return Path(chosen or os.environ.get("PALIMPSEST_CACHE") or "~/.cache/palimpsest").expanduser()
+    return expanded(chosen or os.environ.get("PALIMPSEST_CACHE") or "~/.cache/palimpsest")
 
 
 def own_path(text: str, findings: Findings) -> Path | None:
     """A path that the user wrote; None, with D15, for a home directory of nobody."""
     try:
-        return Path(text).expanduser()
+        return expanded(text)
     except RuntimeError as error:
         findings.error("D15", f"'{text}': {reason(error)}")
         return None

@@ -17,6 +17,7 @@ from models.base import LEARNERS, Learner
 from utils.checking import build, parse_set, read_json
 from utils.config import WRITTEN, RunConfig, TrainConfig
 from utils.errors import ConfigError, UserError
+from utils.foreign import family_of, import_hint
 from utils.registry import Registry, imported
 from utils.runtime import Runtime
 
@@ -60,9 +61,12 @@ def learner_class(name: str) -> type[Learner]:
 def load_config(path: str, assignments: list[str] | None = None, overrides: Mapping[str, Any] | None = None):
     """The checked config in a JSON file; assignments: ["key=value"]; overrides: values of command line flags.
 
-    Raises ConfigError with every fault of file and command line at once.
+    Raises ConfigError with every fault of file and command line at once; a config of another repository is answered
+    with the command that imports it.
     """
     values = read_json(Path(path))
+    if (family := family_of(values)) is not None:
+        raise ConfigError(path, [import_hint(Path(path), family)])
     given = parse_set(assignments or []) | dict(overrides or {})
     origin = {key: "from the command line" for key in given}
     return config_from(values | given, source=path, origin=origin)

@@ -7,7 +7,7 @@ image are computed once in a whole stream.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import torch.nn.functional as F
 from pydantic import Field
@@ -62,6 +62,10 @@ class FirstSession(Learner):
                         yield name, 'has no effect with "petl": "none", which trains nothing: drop the key'
 
     needs_images = False
+    # What the training of the session reads: equal in another learner with one, it can be taken from there.
+    session_keys: ClassVar[frozenset[str]] = TRAINING | {
+        "petl", "bottleneck", "adapter_scale", "adapter_dropout", "prompt_tokens", "prompt_init",
+    }  # fmt: skip
     network: TunedNetwork
 
     def build(self, make_backbone: BackboneMaker) -> None:

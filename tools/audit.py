@@ -22,6 +22,7 @@ from models.factory import saved_config
 from models.parts.evaluation import MAIN, scored
 from predictor import restored
 from utils.folders import finished_result, single_seed
+from utils.storage import expanded
 
 COMMAND = "audit"
 HELP = "does a finished run's prediction depend on the rest of its batch? data, weights, class order as they were?"
@@ -156,9 +157,9 @@ def provenance(manager: trainer.DataManager, weights: str | None, result: dict[s
     known = (result["weights"] or {}).get("sha256")
     if known is None:
         yield "weights      the run began with none of a file"
-    elif weights is None or not Path(weights).expanduser().is_file():
+    elif weights is None or not expanded(weights).is_file():
         yield f"weights      '{weights}' is not there any more; the checkpoint holds what the run learned"
     else:
-        found = sha256(Path(weights).expanduser())
+        found = sha256(expanded(weights))
         other = f"OTHER: sha256 {found[:12]} now, {known[:12]} then"
         yield f"weights      {'as in the run' if found == known else other}"

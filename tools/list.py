@@ -9,6 +9,8 @@ from data.sources import SOURCES
 from data.transforms import RECIPES
 from models.base import LEARNERS
 from models.factory import BROKEN
+from tools.index import experiments
+from utils.checking import read_json
 
 COMMAND = "list"
 HELP = "learners, data sets, transforms, backbones, experiments"
@@ -45,8 +47,9 @@ def everything() -> str:
                 "timm's VisionTransformer with these arguments; any other timm architecture likewise",
             ),
         ],
-        "experiments": [
-            (str(path), "") for path in sorted(Path("exps").glob("**/*.json")) if "schema" not in path.parts
+        "experiments": [(str(path), "") for path in experiments(Path("exps"))],
+        "tables": [
+            (str(path), str(read_json(path).get("title", ""))) for path in sorted(Path("exps", "tables").glob("*.json"))
         ],
     }
     lines = []

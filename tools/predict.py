@@ -12,6 +12,7 @@ import numpy as np
 from data.images import images_below
 from predictor import Predictor
 from utils.errors import DataError, UserError
+from utils.storage import expanded
 
 COMMAND = "predict"
 HELP = "classify images by a finished run, without its data set"
@@ -80,7 +81,7 @@ def pictures(places: Sequence[str]) -> list[Path]:
     """
     found: dict[Path, None] = {}
     for place in places:
-        path = Path(place).expanduser()
+        path = expanded(place)
         if path.is_dir():
             some = images_below(path)[0]
         elif glob.has_magic(place) and not path.exists():

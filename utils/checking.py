@@ -12,6 +12,7 @@ from pydantic_core import to_jsonable_python
 
 from utils.config import RunConfig, TrainConfig
 from utils.errors import ConfigError, did_you_mean
+from utils.foreign import yaml_hint
 from utils.keys import allowed, condition_text, conditions, holds
 from utils.storage import expanded
 
@@ -76,6 +77,8 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         values = parsed(text)
     except json.JSONDecodeError as error:
+        if path.suffix.lower() in (".yaml", ".yml"):
+            raise ConfigError(str(path), [yaml_hint(path, text)]) from None
         where = f"line {error.lineno}, column {error.colno}"
         raise ConfigError(
             str(path), [f"not valid JSON at {where}: {error.msg}{_another_language(path, text)}"]

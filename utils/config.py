@@ -24,7 +24,7 @@ Share = Annotated[float, Field(ge=0, le=1)]
 MACHINE_KEYS = frozenset(
     {
         "device", "num_workers", "data_root", "cache", "cache_root", "strict_data", "checkpoint_minutes",
-        "keep_checkpoints", "frozen_gib", "about", "seed",
+        "keep_checkpoints", "frozen_gib", "about", "seed", "save_predictions", "log_to", "init_from",
     }
 )  # fmt: skip
 
@@ -154,8 +154,21 @@ class RunConfig(BaseModel):
     checkpoint_minutes: Annotated[float, Field(gt=0)] = key(
         10.0, "minutes between checkpoints inside a task; one is always written after a task"
     )
-    keep_checkpoints: Literal["last", "tasks"] = key(
-        "last", '"tasks": also the one after each task, which `landscape` draws the path between tasks from'
+    keep_checkpoints: Literal["last", "first", "tasks"] = key(
+        "last",
+        '"tasks": also the one after each task, which `landscape` draws the path between tasks from; "first": also the '
+        'one after the first, which other runs can begin with ("init_from")',
+    )
+    init_from: str | None = key(
+        None,
+        "folder of a run that kept the checkpoint after its first task: this one begins behind that task, where data, "
+        "class order, backbone, weights and the keys of the task are the same",
+    )
+    save_predictions: bool = key(
+        False, "after each task write file, label, prediction and scores of every test image to predictions/taskN.npz"
+    )
+    log_to: tuple[Literal["tensorboard", "wandb"], ...] = key(
+        (), "also feed these loggers from the records of epochs and tasks; each needs its package"
     )
     upstream: bool = key(False, "reproduce the quirks of the reference implementation")
     about: dict[str, Any] = Field(

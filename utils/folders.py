@@ -19,7 +19,7 @@ Weights = tuple[str | None, str | None]  # name of a weight file, its hash
 log = logging.getLogger(__name__)
 
 OUR_FILES = frozenset({"config.json", "train.log", "epochs.jsonl", "result.json"})
-OUR_FOLDERS = frozenset({"checkpoint", "plots", "landscape"})
+OUR_FOLDERS = frozenset({"checkpoint", "plots", "landscape", "predictions", "tensorboard", "wandb"})
 
 
 def seed_folder(folder: Path, seed: int) -> Path:

@@ -18,6 +18,7 @@ from data.loading import View, pass_over
 from data.stream import Task, TaskData
 from models.parts.finite import advice
 from models.parts.frozen_store import FrozenStore
+from models.parts.predictions import Keep
 from utils.errors import TrainingError
 from utils.runtime import Runtime
 
@@ -45,12 +46,17 @@ class Evaluation:
 
 
 def evaluate(
-    learner: "Learner", tasks: Sequence[Task], store: FrozenStore | None = None, batch_size: int | None = None
+    learner: "Learner",
+    tasks: Sequence[Task],
+    store: FrozenStore | None = None,
+    batch_size: int | None = None,
+    keep: Keep | None = None,
 ) -> Evaluation:
     """Right predictions on the test images of each task. A prediction is the largest of all scores; with the task
     known, of the task's own classes.
 
-    store: frozen values of earlier evaluations, used and filled; default: all are computed.
+    store: frozen values of earlier evaluations, used and filled; default: all are computed. keep: is shown every batch
+    and its scores.
     """
     runtime, tested = learner.runtime, _distinct(tasks)
     owner = np.repeat(np.arange(len(tested)), [len(task.test) for task in tested])
@@ -63,6 +69,8 @@ def evaluate(
     learner.eval()
     with runtime.stopwatch("eval"):
         for scores, targets, positions in scored(learner, data, store, batch_size):
+            if keep is not None:
+                keep(data, positions, scores)
             counts.add(scores, targets, torch.from_numpy(owner[positions]).to(runtime.device, non_blocking=True))
         counts.agree(runtime.gather(counts.names))
         correct, by_class, lost = counts.totals(runtime)

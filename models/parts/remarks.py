@@ -1,10 +1,19 @@
-"""What a config asks for in vain, and what its data cannot give."""
+"""What a config asks for in vain, and what stream, data or machine cannot give it."""
+
+import logging
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from data.stream import DataManager
 from utils.config import RunConfig, TrainConfig
 from utils.errors import ConfigError
+from utils.runtime import Runtime
+
+if TYPE_CHECKING:  # a part imports no learner
+    from models.base import Learner
+
+log = logging.getLogger(__name__)
 
 
 def remarks(config: RunConfig, manager: DataManager) -> list[str]:
@@ -37,3 +46,31 @@ def refuse_too_few(config: RunConfig, manager: DataManager, feature_dim: int) ->
             "cov_ridge",
             [f"is 0 with {fewest} images of a class and {feature_dim} features: its covariance is singular. Raise it"],
         )
+
+
+def refuse_stream(learner: "Learner", manager: DataManager) -> None:
+    """Raises ConfigError where the method is not defined for the stream, or has too few images in it."""
+    kind = "domain" if manager.domain_incremental else "class"
+    if kind not in learner.streams:
+        takes = " and ".join(f"{name}-incremental" for name in sorted(learner.streams))
+        raise ConfigError(
+            "dataset",
+            [f"{manager.data.name} is a {kind}-incremental stream; {learner.config.model_name} takes {takes} ones"],
+        )
+    refuse_too_few(learner.config, manager, learner.network.feature_dim)
+
+
+def check_processes(config: RunConfig, runtime: Runtime) -> None:
+    """Raises ConfigError where several processes would change what is predicted; warns of what depends on its batch."""
+    if not config.batch_dependent:
+        return
+    if runtime.world > 1:
+        raise ConfigError(
+            config.model_name,
+            ["its predictions depend on their batch, as published: run it in one process, or without upstream"],
+        )
+    log.warning(
+        "%s with upstream: predictions depend on the other images of a test batch, which come class by class, "
+        "batch_size at a time; `python main.py audit RUN` says what that is worth",
+        config.model_name,
+    )

@@ -7,16 +7,16 @@ from typing import Any
 
 import numpy as np
 
+from utils.plots import new_figure
+
 Arrays = Mapping[str, np.ndarray]
 Numbers = Mapping[str, Any]
 
 
 def plot_landscape(arrays: Arrays, numbers: Numbers, path: Path) -> None:
     """Two surfaces and their slices; the path from the task before, the branches, the numbers."""
-    from matplotlib.figure import Figure
-
     settings = numbers["settings"]
-    figure = Figure(figsize=(16, 9.6), layout="constrained", dpi=110)
+    figure = new_figure(16, 9.6, dpi=110)
     figure.suptitle(
         f"{numbers['learner']} on {numbers['dataset']}, seed {numbers['seed']}: training loss around the weights w "
         f"after task {numbers['task']} of {numbers['tasks']}  ({numbers['images']} images of the task; fp32, eval mode)"
