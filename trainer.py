@@ -162,7 +162,6 @@ class SeedRun(Observer):
         if self.runtime.is_main:
             first_task.copy_epochs(self.config, self.folder)
         self._go_on(state)
-        log.info("the first task is that of %s", self.config.init_from)
         return learner
 
     def _go_on(self, state: dict[str, Any]) -> None:
