@@ -145,7 +145,6 @@ class SeedRun(Observer):
         """As another run left it in its first task, with all that the task measured."""
         state = first_task.begin_behind(learner, self.manager, self.record)
         self._go_on(state)
-        log.info("the first task is that of %s", self.config.init_from)
         return learner
 
     def _go_on(self, state: dict[str, Any]) -> None:

@@ -7,6 +7,7 @@ its own. Either way the rest of a run draws what it would have drawn.
 """
 
 import json
+import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,8 @@ from utils.storage import expanded
 
 if TYPE_CHECKING:  # a part imports no learner
     from models.base import Learner
+
+log = logging.getLogger(__name__)
 
 KEPT = "task1.pt"  # after the first task
 SESSION = "session1.pt"  # behind the training of a first session, before anything is measured
@@ -83,6 +86,7 @@ def begin_behind(learner: "Learner", manager: DataManager, record: Record) -> di
         found = list(_faults(learner, folder, manager, identity, state, shared))
         if not found:
             _take_over(learner, manager, record, state, whole=name == KEPT)
+            log.info("the first task is that of %s", folder)
             return state
         faults = found
     told = "\n".join(f"  - {fault}" for fault in faults)

@@ -47,12 +47,12 @@ def test_what_the_first_task_has_in_common():
     assert first != shared_task(made_config(**(base | {"epochs": 3})), 1)
     assert first != shared_task(made_config(**(base | {"init_cls": 6})), 1)
     assert first != shared_task(made_config(**base), 2)
-    session = {"epochs": 2, "bottleneck": 4}
+    session = {"epochs": 2, "bottleneck": 4, "precision": "fp32"}
     ranpac = shared_task(made_config(model_name="ranpac", **session), 1993)
     assert ranpac == shared_task(made_config(model_name="aper", upstream=True, **session), 1993)
     assert ranpac == shared_task(made_config(model_name="fecam", petl="adapter", **session), 1993)
     assert ranpac != shared_task(made_config(model_name="ranpac", upstream=True, **session), 1993), "torch seed 1"
-    assert ranpac != shared_task(made_config(model_name="ranpac", epochs=2, bottleneck=8), 1993)
+    assert ranpac != shared_task(made_config(model_name="ranpac", **(session | {"bottleneck": 8})), 1993)
     assert shared_task(made_config(model_name="ranpac", petl="none"), 1993) is None
     assert shared_task(made_config(model_name="inflora", rank=2), 1) is None, "its lame grows with the tasks to come"
 
