@@ -92,6 +92,11 @@ class Backbone(nn.Module):
         return self.model
 
 
+def bundled_file(name: str) -> Path:
+    """The weights of a network of NAMED."""
+    return BUNDLED / f"{name}.safetensors"
+
+
 def make_backbone(
     spec: str | Mapping[str, Any], weights: str | None, image_size: int | None, options: WeightOptions = ASKED
 ) -> Backbone:
@@ -106,7 +111,7 @@ def make_backbone(
     elif weights is not None:
         report = load_weights(model, weight_file(weights), options)
     elif name in NAMED:
-        report = load_weights(model, BUNDLED / f"{name}.safetensors")
+        report = load_weights(model, bundled_file(name))
     elif isinstance(spec, str):
         report = LoadReport(name, None, 1.0)
     else:

@@ -15,12 +15,14 @@ import numpy as np
 import torch
 
 import trainer
+from convs.backbones import NAMED, bundled_file
 from convs.weights import sha256
 from data.stream import TaskData
 from models.base import Learner
 from models.factory import saved_config
 from models.parts.evaluation import MAIN, scored
 from predictor import restored
+from utils.config import RunConfig
 from utils.folders import finished_result, single_seed
 from utils.storage import expanded
 
@@ -50,7 +52,7 @@ def main(options: argparse.Namespace) -> int:
     given = {"data_root": options.data_root, "device": options.device}
     given = {key: value for key, value in given.items() if value is not None}
     manager = trainer.load_data(config := saved_config(seed / "config.json", given))
-    for line in provenance(manager, config.weights, result):
+    for line in provenance(manager, config, result):
         print(line)
     data = spread(TaskData.joined([task.test for task in manager.tested_after(manager[-1])]), options.images)
     rows: list[Row] = []
@@ -148,18 +150,22 @@ def verdict(rows: list[Row], images: int) -> str:
     )
 
 
-def provenance(manager: trainer.DataManager, weights: str | None, result: dict[str, Any]) -> Iterator[str]:
+def provenance(manager: trainer.DataManager, config: RunConfig, result: dict[str, Any]) -> Iterator[str]:
     """A line each for data, class order and weights: as the run found them, or what is different."""
     then, now = result["data"]["hash"], manager.data.digest
     yield f"data         {'as in the run' if then == now else f'OTHER: sha256 {now[:12]} now, {then[:12]} then'}"
     same = list(manager.class_order) == result["class_order"] and manager.class_names == result["class_names"]
     yield f"class order  {'as in the run' if same else 'OTHER than in result.json'}"
     known = (result["weights"] or {}).get("sha256")
+    name = config.backbone if isinstance(config.backbone, str) else ""
+    bundled = bundled_file(name) if name in NAMED else None
+    place = bundled if config.weights is None else expanded(config.weights)
     if known is None:
         yield "weights      the run began with none of a file"
-    elif weights is None or not expanded(weights).is_file():
-        yield f"weights      '{weights}' is not there any more; the checkpoint holds what the run learned"
+    elif place is None or not place.is_file():
+        file = "the file" if place is None else f"'{place}'"
+        yield f"weights      {file} is not there any more; the checkpoint holds what the run learned"
     else:
-        found = sha256(expanded(weights))
+        found = sha256(place)
         other = f"OTHER: sha256 {found[:12]} now, {known[:12]} then"
         yield f"weights      {'as in the run' if found == known else other}"

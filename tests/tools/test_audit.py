@@ -89,6 +89,15 @@ def test_what_has_changed_since_the_run_is_named(tmp_path, capsys):
     assert "data         OTHER: sha256" in out and "\n5 images" in out and "class order  as in the run" in out
 
 
+def test_the_weights_of_a_bundled_network_are_compared(tmp_path, capsys, monkeypatch):
+    run = finished(tmp_path, "simplecil", backbone="small_vit", weights=None, image_size=None)
+    assert audited(capsys, run, "--images", "5").count("as in the run") == 3
+    monkeypatch.setattr("tools.audit.bundled_file", lambda name: tmp_path / "stream.npz")
+    assert "weights      OTHER: sha256" in audited(capsys, run, "--images", "5")
+    monkeypatch.setattr("tools.audit.bundled_file", lambda name: tmp_path / "gone")
+    assert f"'{tmp_path / 'gone'}' is not there any more" in audited(capsys, run, "--images", "5")
+
+
 def test_a_folder_without_a_run_is_refused(tmp_path, capsys):
     assert main.main(["audit", str(tmp_path / "nothing")]) == 2
     assert "no such folder" in capsys.readouterr().err
