@@ -95,11 +95,13 @@ def guarded(action, *arguments) -> int:
     except Interrupted as stop:
         return _say(f"stopped by {stop}; what was done is saved. The same command with --resume continues", 3)
     except KeyboardInterrupt:
-        return _say("stopped at once; --resume continues from what was saved before", 130)
+        return _say(AT_ONCE, 130)
     except BrokenPipeError:  # the reader, say `| head`, has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (MemoryError, RuntimeError) as error:
+        if isinstance(error.__context__, KeyboardInterrupt):  # what was being written complains of being cut
+            return _say(AT_ONCE, 130)
         if not isinstance(error, MemoryError) and not re.search(r"out of memory|can't allocate memory", str(error)):
             raise
         told = next(iter(str(error).splitlines()), "")[:300]
@@ -114,6 +116,8 @@ def guarded(action, *arguments) -> int:
         place = f"'{error.filename}': " if error.filename else ""
         return _say(f"{place}{error.strerror}. {OF_THE_MACHINE[error.errno]}; --resume then continues", 2)
 
+
+AT_ONCE = "stopped at once by a second signal; --resume continues from what was saved before"
 
 # What a disk or a file system may refuse at any moment -> what to do.
 OF_THE_MACHINE = {

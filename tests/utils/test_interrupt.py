@@ -118,6 +118,25 @@ def test_a_signal_inside_an_image_is_a_stop(tmp_path, monkeypatch):
         read_image(tmp_path / "a.png")
 
 
+def test_a_second_signal_inside_a_checkpoint_leaves_the_old_one_and_no_traceback(finished, monkeypatch, capsys):
+    command, last = finished
+    before = last.read_bytes()
+
+    def cut(*arguments):
+        try:
+            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
+        finally:
+            raise RuntimeError("unexpected pos 64 vs 0")  # as torch's writer does
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", cut)
+        capsys.readouterr()
+        assert main.main(command) == 130
+    assert capsys.readouterr().err.startswith("stopped at once") and last.read_bytes() == before
+    assert not list(last.parent.glob("*.tmp")) and main.main(command) == 0
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("seconds", [0.05, 0.3, 0.8, 1.5])
 def test_a_signal_during_the_imports_leaves_without_a_traceback(seconds, tmp_path):
