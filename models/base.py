@@ -19,6 +19,7 @@ from convs.backbones import BackboneMaker
 from convs.network import Network
 from data.loading import View
 from data.stream import Task, TaskInfo
+from models.parts.drift import StoredMeans, stored_means
 from models.parts.optim import build_optimizer, build_scheduler, group
 from models.parts.stages import Progress, Stage, stage_of
 from models.parts.varied import Varied, Weights
@@ -147,6 +148,11 @@ class Learner(nn.Module):
     def features(self, images: Tensor) -> Tensor:
         """(B, 3, s, s) in [0, 1] -> (B, D): what probes, nearest means and drift read."""
         return self.network.features(images)
+
+    def stored_means(self) -> StoredMeans | None:
+        """What the learner keeps of the classes' features; evaluation says how far the test images' have moved from
+        it. Default: that of the first part which has `stored_means(frozen_names)`."""
+        return stored_means(self)
 
     def frozen(self, images: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
         """Of these names, what will never change again for an image: name -> (B, ...). Computed once an image, then
