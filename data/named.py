@@ -104,7 +104,7 @@ def converted(options: Mapping[str, str], defaults: Mapping[str, Any], findings:
             if text.lower() not in ("true", "false"):
                 findings.error("D03", f'option "{key}" must be true or false, is "{text}"')
             found[key] = text.lower() == "true"
-        elif isinstance(like, int):
+        elif isinstance(like, int) or (like is None and text.isdigit()):
             if not text.lstrip("-").isdigit():
                 findings.error("D03", f'option "{key}" must be a whole number, is "{text}"')
                 continue

@@ -166,7 +166,7 @@ def _finished(data: ImageData | None, variant: Variant | None = None) -> ImageDa
     if data is None:
         return None
     parts = [variant.name if variant is not None else "unknown counts", data.variant]
-    if not isinstance(data.train.images, np.ndarray):
+    if all(isinstance(next(iter(half.images), Path()), Path) for half in (data.train, data.test)):
         halves = {"train": _entries(data, data.train), "test": _entries(data, data.test)}
         parts.append(f"split {split_hash(halves)[:12]}")
     return replace(data, variant=", ".join(parts))
@@ -187,7 +187,9 @@ def _digest(data: ImageData) -> str:
             digest.update(np.ascontiguousarray(split.images).tobytes())
             continue
         for path in split.images:
-            assert isinstance(path, Path)
+            if isinstance(path, np.ndarray):
+                digest.update(f"{path.shape}\n".encode() + np.ascontiguousarray(path).tobytes())
+                continue
             digest.update(f"{path.parent.name}/{path.name}:{_size(path)}\n".encode(errors="surrogateescape"))
     return digest.hexdigest()
 

@@ -8,7 +8,6 @@ are; grey becomes RGB.
 import inspect
 from collections.abc import Iterator
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -74,7 +73,8 @@ def _read(
 
     def half(**choice: Any) -> Half:
         found = _made(official, root, keys | choice, options)
-        names[:] = names or [str(name) for name in getattr(found, "classes", None) or ()]
+        known = getattr(found, "classes", None) or getattr(found, "categories", None) or ()
+        names[:] = names or [str(name[0] if isinstance(name, tuple) else name) for name in known]
         return _half(found)
 
     def name_of(label: int) -> str:
@@ -88,7 +88,8 @@ def _read(
     if _halved_by_split(arguments):
         if not fixed_split(key, options, findings):
             return None
-        train = halves.get("train") or arguments["split"]
+        usual = arguments["split"] if arguments["split"].startswith("train") else "train"
+        train = halves.get("train") or usual
         found = _joined([half(split=part) for part in train.split("+")])
         test = _first_known(half, halves.get("test"))
         return image_data(key, found, test, name_of, f"{train}/{halves.get('test', 'test')}", findings)
@@ -156,8 +157,8 @@ def _made(official: Any, root: Path, keys: dict[str, Any], options: Options) -> 
     quiet = {"download": False} if "download" in taken else {}
     try:
         return official(str(root), **keys, **quiet)
-    except (RuntimeError, FileNotFoundError) as error:
-        looked, first = _looked_in(error.__traceback__, root), error
+    except (RuntimeError, OSError) as error:
+        looked, first = _looked_in(error, root), error
     reason = str(first).partition(". ")[0]
     if options.download and quiet:
         try:
@@ -174,9 +175,11 @@ def _made(official: Any, root: Path, keys: dict[str, Any], options: Options) -> 
     )
 
 
-def _looked_in(trace: TracebackType | None, root: Path) -> Path:
-    """The folder or file below `root` that a reader looked for: what the object that gave up says of itself."""
-    found = root
+def _looked_in(error: Exception, root: Path) -> Path:
+    """The folder or file below `root` that a reader looked for: what the system, or the object that gave up, says."""
+    if isinstance(error, OSError) and error.filename and Path(str(error.filename)).is_relative_to(root):
+        return Path(str(error.filename))
+    found, trace = root, error.__traceback__
     while trace is not None:
         owner = trace.tb_frame.f_locals.get("self")
         if hasattr(owner, "root"):
@@ -203,7 +206,8 @@ def _half(found: Any) -> Half:
     count = len(found)
     files, labels = _listed(found, count)
     if files is not None and labels is not None:
-        return files, labels
+        order = sorted(range(count), key=lambda row: (labels[row], str(files[row])))  # some list as the disk does
+        return [files[row] for row in order], labels[order]
     pairs = [found[row] for row in range(count)]
     if pairs and not (len(pairs[0]) == 2 and isinstance(pairs[0][1], int | np.integer)):
         raise ValueError("gives no number of a class for an image: it is no classification set")

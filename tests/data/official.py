@@ -142,7 +142,72 @@ def svhn(root: Path) -> None:
         savemat(root / f"{half}_32x32.mat", {"X": images, "y": labels})
 
 
+def imagenette(root: Path) -> None:
+    for half, count in {"train": COUNTS["train"], "val": COUNTS["test"]}.items():
+        for label, name in enumerate(("n01440764", "n02102040", "n02979186")):
+            for number in range(count):
+                picture(root / "imagenette2" / half / name / f"{number}.JPEG", label, number)
+
+
+def caltech101(root: Path) -> None:
+    """The folder of what is no class stands beside the others."""
+    for label, name in enumerate(("accordion", "ant", "brain", "BACKGROUND_Google")):
+        for number in range(10):
+            path = root / "caltech101" / "101_ObjectCategories" / name / f"image_{number + 1:04d}.jpg"
+            picture(path, label, number, grey=number % 2 == 0)
+    (root / "caltech101" / "Annotations").mkdir()
+
+
+def sun397(root: Path) -> None:
+    names = ("/a/abbey", "/b/bar/indoor", "/c/cabin")
+    lines(root / "SUN397" / "ClassName.txt", list(names))
+    for label, name in enumerate(names):
+        for number in range(9, -1, -1):
+            picture(root / "SUN397" / name[1:] / f"sun_{number}.jpg", label, number)
+
+
+def flowers102(root: Path) -> None:
+    from scipy.io import savemat
+
+    base, ids, labels = root / "flowers-102", {"trnid": [], "valid": [], "tstid": []}, []
+    for half, count in {"trnid": COUNTS["train"], "valid": 1, "tstid": COUNTS["test"]}.items():
+        for label in range(3):
+            for number in range(count):
+                labels.append(label + 1)
+                ids[half].append(len(labels))
+                picture(base / "jpg" / f"image_{len(labels):05d}.jpg", label, number)
+    savemat(base / "setid.mat", ids)
+    savemat(base / "imagelabels.mat", {"labels": labels})
+
+
+def stl10(root: Path) -> None:
+    base = root / "stl10_binary"
+    base.mkdir(parents=True)
+    lines(base / "class_names.txt", ["airplane", "bird", "car"])
+    (base / "unlabeled_X.bin").touch()
+    for half, count in COUNTS.items():
+        pairs = [(label, number) for label in range(3) for number in range(count)]
+        np.stack([np.stack([pixels(*pair, 96)] * 3) for pair in pairs]).tofile(base / f"{half}_X.bin")
+        np.array([label + 1 for label, _ in pairs], np.uint8).tofile(base / f"{half}_y.bin")
+
+
+def usps(root: Path) -> None:
+    import bz2
+
+    root.mkdir(parents=True, exist_ok=True)
+    for suffix, count in (("", COUNTS["train"]), (".t", COUNTS["test"])):
+        pairs = [(label, number) for label in range(3) for number in range(count)]
+        values = [
+            " ".join(f"{i + 1}:{2 * (int(pixels(*pair)[0, 0]) + 0.5) / 255 - 1:.6f}" for i in range(256))
+            for pair in pairs
+        ]
+        text = "".join(f"{label + 1} {row}\n" for (label, _), row in zip(pairs, values, strict=True))
+        (root / f"usps{suffix}.bz2").write_bytes(bz2.compress(text.encode()))
+
+
 MAKERS = {
     "MNIST": mnist, "KMNIST": kmnist, "EMNIST?split=letters": emnist, "Food101": food101, "OxfordIIITPet": pets,
     "DTD": dtd, "EuroSAT": eurosat, "GTSRB": gtsrb, "Country211": country211, "FGVCAircraft": aircraft, "SVHN": svhn,
+    "Imagenette": imagenette, "Caltech101": caltech101, "SUN397": sun397, "Flowers102": flowers102, "STL10": stl10,
+    "USPS": usps,
 }  # fmt: skip

@@ -18,14 +18,15 @@ OFFLINE = Options(download=False)
 @pytest.fixture
 def unchecked(monkeypatch):
     """Small files have other digests than the official ones."""
-    monkeypatch.setattr("torchvision.datasets.svhn.check_integrity", lambda path, *_: os.path.isfile(path))
+    for module in ("svhn", "flowers102", "stl10"):
+        monkeypatch.setattr(f"torchvision.datasets.{module}.check_integrity", lambda path, *_: os.path.isfile(path))
 
 
 @pytest.mark.parametrize("name", MAKERS)
 def test_official_layouts(name, tmp_path, unchecked):
     """Every set: halves, labels from 0, RGB, the right picture under the right label, one hash whoever reads it."""
     MAKERS[name](tmp_path)
-    split = "seeded" if name == "EuroSAT" else "folder"
+    split = "seeded" if name in ("EuroSAT", "Caltech101", "SUN397") else "folder"
     options = Options(split=split, download=False, cache=tmp_path / "cache")
     data = load(f"torchvision:{name}", str(tmp_path), options)
     assert data.num_classes == 3 and len(set(data.class_names)) == 3
@@ -69,6 +70,16 @@ def test_class_names_are_the_sets_own(tmp_path):
     assert load("mnist", str(tmp_path), OFFLINE).class_names == ("0 - zero", "1 - one", "2 - two")
     emnist(tmp_path)
     assert load("torchvision:EMNIST?split=letters", str(tmp_path), OFFLINE).class_names == ("a", "b", "c")
+
+
+def test_images_are_in_one_order_whatever_the_disk_says(tmp_path):
+    """SUN397's reader lists its files as the disk does."""
+    MAKERS["SUN397"](tmp_path)
+    options = Options(split="seeded", download=False, cache=tmp_path / "cache")
+    data = load("torchvision:SUN397", str(tmp_path), options)
+    assert data.class_names == ("abbey", "bar/indoor", "cabin")
+    both = [*data.train.images]
+    assert both == sorted(both, key=str)
 
 
 def test_halves_can_be_named_and_joined(tmp_path):
@@ -116,6 +127,7 @@ WHERE = {
     "MNIST": "MNIST/raw", "Food101": "food-101", "OxfordIIITPet": "oxford-iiit-pet", "DTD": "dtd",
     "GTSRB": "gtsrb", "SVHN": "train_32x32.mat", "FGVCAircraft": "fgvc-aircraft-2013b", "STL10": "stl10_binary",
     "Flowers102": "flowers-102", "Country211": "country211", "KMNIST": "KMNIST/raw",
+    "USPS": "usps.bz2", "Imagenette": "imagenette2",
 }  # fmt: skip
 
 
