@@ -17,6 +17,7 @@ from models.base import Learner
 from models.factory import build_learner
 from models.parts import first_task
 from models.parts.costs import num_trainable, stored_bytes
+from models.parts.drift import noted, say
 from models.parts.evaluation import evaluate
 from models.parts.frozen_store import FrozenStore
 from models.parts.loop import FitState, Observer, Position, learn
@@ -182,6 +183,7 @@ class SeedRun(Observer):
         found = evaluate(learner, self.manager.tested_after(task), self.store, keep=None if kept is None else kept.add)
         record.add(task.index, found.names, found.correct, found.by_class)
         record.images_tested += found.images
+        record.drift = [*record.drift[: task.index], noted(found.drift, found.newest, task.info)]
         if config.probe is not None:
             with self.runtime.stopwatch("probe"):
                 right = probe(learner, task, config.probe, config.probe_lrate)
@@ -195,6 +197,7 @@ class SeedRun(Observer):
             kept.write(self.runtime, self.manager[: task.index + 1], result, self.folder)
         log.info("task %d/%d  accuracy %.2f  average %.2f  task known %.2f", task.index + 1, task.num_tasks,
                  result["last_acc"], result["avg_acc"], result["last_acc_task_il"])  # fmt: skip
+        say(record.drift[-1], task.info)
 
     def result(self) -> dict[str, Any]:
         """What result.json holds, for the tasks done so far."""
@@ -219,6 +222,7 @@ class SeedRun(Observer):
             "class_order": manager.class_order.tolist(),
             "class_names": manager.class_names,
             "acc_per_class": accuracy_by_class(record.by_class[0], by_class),
+            "drift": record.drift,
             "seconds": seconds | {"total": self._total_seconds()},
             "images_per_second": record.images_trained / seconds["train"] if seconds.get("train") else None,
             "images_evaluated": record.images_tested,

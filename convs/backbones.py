@@ -14,6 +14,7 @@ import timm
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from convs import hub
 from convs.cast_once import cast_frozen_once
 from convs.small import SMALL
 from convs.weights import ASKED, RANDOM, LoadReport, WeightOptions, load_weights
@@ -224,6 +225,8 @@ def _construct(spec: str | Mapping[str, Any], image_size: int | None, pretrained
         if name == "vit":
             return VisionTransformer(num_classes=0, **arguments)
         _check_name(name, pretrained)
+        if pretrained and (file := hub.cached(name)) is not None:
+            arguments = {**arguments, "pretrained_cfg_overlay": {"file": str(file)}}
         return timm.create_model(name, pretrained=pretrained, num_classes=0, **arguments)
     except UserError:
         raise

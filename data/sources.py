@@ -13,12 +13,15 @@ import data.archives  # noqa: F401 - registers the data sets of the literature
 from data.archives.cifar import fetch_cifar
 from data.checks import Findings, check_counts, check_whole
 from data.glyphs import DOMAINS, pretraining_split, stream_split
+from data.hf import load_hf
+from data.idx import load_fashion_mnist
 from data.images import IMAGE_SUFFIXES
 from data.layouts import LAYOUTS, Options, class_folders, find_place
 from data.npz import load_npz
 from data.records import ImageData, Split
 from data.rows import ROWS, Row, Variant
 from data.splits import split_hash
+from data.torchvision_sets import SHORT, load_torchvision
 from utils.errors import DataError, UserError, did_you_mean, reason
 from utils.files import special
 from utils.registry import Registry, imported
@@ -27,7 +30,8 @@ from utils.storage import expanded
 log = logging.getLogger(__name__)
 
 Source = Callable[[Path], ImageData]
-SOURCES: Registry[Source] = Registry("data set", also=("folder:DIR", "npz:FILE"))
+SOURCES: Registry[Source] = Registry("data set", also=("folder:DIR", "npz:FILE", "torchvision:NAME", "hf:NAME"))
+KINDS = ("npz", "folder", "torchvision", "hf")  # what may stand before a colon; anything else is a module
 
 
 def default_root(data_root: str | None) -> Path:
@@ -60,7 +64,7 @@ def load(name: str, data_root: str | None, options: Options | None = None) -> Im
 def _outside(name: str) -> Source:
     """A data set from the Python path, "package.module:function". Raises UserError where there is none."""
     kind, _, place = name.partition(":")
-    if near := did_you_mean(kind, ("npz", "folder")):
+    if near := did_you_mean(kind, KINDS):
         raise UserError(f'unknown data set "{name}"{near.replace(chr(34) + "?", ":" + place + chr(34) + "?")}')
     found = imported(name, "data set")
     if not callable(found):
@@ -77,7 +81,7 @@ def read(name: str, data_root: str | None, options: Options) -> tuple[ImageData 
     """(data set or None, everything found about it), raising nothing that a finding can say."""
     findings = Findings(name, options.strict)
     kind, colon, _ = name.partition(":")
-    if colon and kind not in ("npz", "folder"):  # a function of the user's own: what it raises is its own
+    if colon and kind not in KINDS:  # a function of the user's own: what it raises is its own
         data = _own_function(name, data_root, options, findings)
     else:
         data = _told(name, data_root, options, findings)
@@ -124,6 +128,14 @@ def _read(name: str, data_root: str | None, options: Options, findings: Findings
             return _finished(class_folders(row, path, options, findings), row.variants[0])
         findings.error("D01", f"folder '{path}' not found. Expected: {row.expects} below it")
         return None
+    root = default_root(data_root)
+    if colon and kind in ("torchvision", "hf"):
+        load = load_torchvision if kind == "torchvision" else load_hf
+        return _finished(load(place, root, options, findings))
+    if name == "fashionmnist":
+        return load_fashion_mnist(root, options, findings)
+    if name in SHORT:
+        return _finished(load_torchvision(SHORT[name], root, options, findings))
     if _fixed_split(options, findings):
         return None
     if colon and kind == "npz":
@@ -155,7 +167,7 @@ def _finished(data: ImageData | None, variant: Variant | None = None) -> ImageDa
     if data is None:
         return None
     parts = [variant.name if variant is not None else "unknown counts", data.variant]
-    if not isinstance(data.train.images, np.ndarray):
+    if all(isinstance(next(iter(half.images), Path()), Path) for half in (data.train, data.test)):
         halves = {"train": _entries(data, data.train), "test": _entries(data, data.test)}
         parts.append(f"split {split_hash(halves)[:12]}")
     return replace(data, variant=", ".join(parts))
@@ -176,7 +188,9 @@ def _digest(data: ImageData) -> str:
             digest.update(np.ascontiguousarray(split.images).tobytes())
             continue
         for path in split.images:
-            assert isinstance(path, Path)
+            if isinstance(path, np.ndarray):
+                digest.update(f"{path.shape}\n".encode() + np.ascontiguousarray(path).tobytes())
+                continue
             digest.update(f"{path.parent.name}/{path.name}:{_size(path)}\n".encode(errors="surrogateescape"))
     return digest.hexdigest()
 
@@ -216,6 +230,21 @@ class _TableSource:
 
 for _row in ROWS.values():
     SOURCES.register(_row.key)(_TableSource(_row))
+
+
+class _LibrarySource:
+    """A set of a library under a short name."""
+
+    def __init__(self, name: str, text: str):
+        self._name, self.__doc__ = name, text
+
+    def __call__(self, data_root: Path) -> ImageData:
+        return load(self._name, str(data_root))
+
+
+for _name, _official in {"fashionmnist": "FashionMNIST", **SHORT}.items():
+    _also = ", or from Debian's package dataset-fashion-mnist" if _name == "fashionmnist" else ""
+    SOURCES.register(_name)(_LibrarySource(_name, f"torchvision's {_official}{_also}"))
 
 
 @SOURCES.register("digits")

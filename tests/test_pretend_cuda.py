@@ -26,6 +26,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*pin_memory.*", "ignore:Converting a tensor with requires_grad"),
 ]
 PER_EPOCH, PER_STAGE = 2, 12  # waits outside of steps: an epoch's loss; drawing, loading, making optimisers
+PER_EVALUATION = 2  # right predictions; drift
 SAM = {"rho": 0.05, "damping": 25.0}
 QDI = {"variant": "qdi", "synthetic_size": 4, "inversion_steps": 2}
 # Code of its own beside what the examples of the learners run through.
@@ -113,7 +114,10 @@ def check(tmp_path, name, keys, domains):
         for task in manager[:2]:
             steps = Steps(recorder)
             learn(learner, task, steps)
+            steps._new()
             found = evaluate(learner, manager[: task.index + 1])
+            of_parts = {event: count for event, count in steps._new().items() if event[2].startswith("models/parts/")}
+            assert sum(of_parts.values()) <= PER_EVALUATION, of_parts
             assert not on_host(learner)
             for waits in steps.steps[1:]:  # the first one uploads what stays ("augment_on": "device")
                 wrong = undeclared(waits, learner.waits)

@@ -36,6 +36,8 @@ def everything() -> str:
             *((name, _first_line(SOURCES[name].__doc__)) for name in SOURCES),
             ("npz:FILE", "x_train uint8 [N, H, W, 3], y_train, x_test, y_test"),
             ("folder:DIR", "train/<class>/*.jpg and test/<class>/*.jpg"),
+            ("torchvision:NAME", "any classification set of torchvision, for example torchvision:EMNIST?split=letters"),
+            ("hf:NAME", "through the library datasets, from the hub or a folder, for example hf:NAME?label=fine_label"),
         ],
         "transforms": [(name, RECIPES[name].meaning) for name in RECIPES],
         "backbones": [

@@ -47,7 +47,9 @@ class RunConfig(BaseModel):
     _written: frozenset[str] = PrivateAttr(frozenset())  # the keys that the user named
 
     model_name: str = Field(description='learner; `list` shows all; or "package.module:Class" from the Python path')
-    dataset: str = Field(description='data set by name, npz:FILE, folder:DIR, or "package.module:function"')
+    dataset: str = Field(
+        description='data set by name, npz:FILE, folder:DIR, torchvision:NAME, hf:NAME, or "package.module:function"'
+    )
     backbone: str | dict[str, Any] = Field(
         description='full timm tag, a bundled network ("small_vit"), or {"name": ..., constructor arguments}'
     )

@@ -18,6 +18,7 @@ class Record:
     task i, by kind; NaN where nothing was evaluated. by_class (S, C): after the last task done. probed (T, T): of the
     probe. stored_bytes, trainable: after, and in, each task. images_tested: read by evaluations so far. total: seconds.
     epoch_lines: the text of epochs.jsonl, which is repaired from it.
+    drift: of each task, as models/parts/drift.py notes it.
 
     A new number is one more field: state_dict and load_state_dict go over all of them.
     """
@@ -39,6 +40,7 @@ class Record:
     seconds: dict[str, float] = field(default_factory=dict)
     total: float = 0.0
     epoch_lines: list[str] = field(default_factory=list)
+    drift: list[dict[str, Any]] = field(default_factory=list)
 
     @classmethod
     def empty(cls, tasks: int, classes: int) -> "Record":
@@ -57,5 +59,7 @@ class Record:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for entry in fields(self):
+            if entry.name not in state:  # a checkpoint of an older version
+                continue
             value = state[entry.name]
             setattr(self, entry.name, value.numpy().copy() if isinstance(value, torch.Tensor) else value)

@@ -20,6 +20,7 @@ from data.stream import Task
 from models.base import LEARNERS
 from models.fecam.metric import ClassMetrics, by_variance, moments, shrunk
 from models.first_session import FirstSession
+from models.parts.drift import StoredMeans
 from utils.config import Rate
 from utils.keys import key
 
@@ -81,6 +82,15 @@ class FeCAM(FirstSession):
             _, means, covs = moments(self._transformed(features), labels)
             correlations = torch.stack([by_variance(shrunk(cov, *self.config.shrink)) for cov in covs])
             self.metrics.add(correlations, means, full_rank=True)
+
+    def _stored_means(self) -> StoredMeans | None:
+        """mu of the centres V mu; with correlation "rows", V leaves directions out and mu is not to be had."""
+        if self.config.correlation == "rows" or not len(self.metrics):
+            return None
+        centres = self.metrics.centres.double()[..., None]
+        means = torch.linalg.solve_triangular(self.metrics.whitenings.double(), centres, upper=False)[..., 0]
+        labels = torch.arange(len(means), device=means.device)
+        return StoredMeans(means, labels, of=self._transformed, names=tuple(self.frozen_names))
 
     def _transformed(self, features: Tensor) -> Tensor:
         """What distances are taken of: (B, D) -> (B, D)."""

@@ -29,6 +29,7 @@ from data.stream import Task, TaskInfo
 from models.base import LEARNERS, Learner
 from models.mos.refine import ensemble, refined, self_match
 from models.parts.alignment import AlignmentConfig, AlignmentSettings, align_head
+from models.parts.drift import StoredMeans
 from models.parts.gaussians import ClassGaussians
 from models.parts.losses import slice_cross_entropy
 from models.parts.optim import group
@@ -177,6 +178,10 @@ class MOS(Learner):
     @property
     def frozen_names(self) -> tuple[str, ...]:  # type: ignore[override]
         return tuple(str(index) for index in range(self.adapters[0].copies))
+
+    def _stored_means(self) -> StoredMeans | None:
+        """The prototypes: those of the first adapter. A Gaussian lies in the features of its own task's adapter."""
+        return self.class_means.stored_means(tuple(self.frozen_names[:1])) if len(self.gaussians) else None
 
     def frozen(self, images: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
         return named_subspaces(self.network, images, names)

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from data.loading import View, pass_over
-from data.stream import Task, TaskData
+from data.stream import Task, TaskData, TaskInfo
+from models.parts.drift import Drift, Features, stored_means
 from models.parts.finite import advice
 from models.parts.frozen_store import FrozenStore
 from models.parts.predictions import Keep
@@ -32,12 +33,16 @@ MAIN = "logits"  # what the score of a learner that gives one is called
 @dataclass(frozen=True)
 class Evaluation:
     """names: of the scores, the main one first. correct (S, 3, T): right predictions on the test images of each task,
-    by KINDS. by_class (S, C): right predictions of each class, class-incremental. images: how many were read."""
+    by KINDS. by_class (S, C): right predictions of each class, class-incremental. images: how many were read.
+    drift: of the features, where the learner stores means of them. newest: predictions of the main score that fall on
+    the classes of the learner's task, images of these classes, images; None where the task brings no new classes."""
 
     names: tuple[str, ...]
     correct: np.ndarray
     by_class: np.ndarray
     images: int
+    drift: Drift | None = None
+    newest: tuple[int, int, int] | None = None
 
     @property
     def main(self) -> np.ndarray:
@@ -65,28 +70,42 @@ def evaluate(
         order = np.argsort(data.labels, kind="stable")
         owner, data = owner[order], data.take(order)
         batch_size = batch_size or learner.config.batch_size
-    counts = _Counts(tested, learner.task.num_classes, runtime.device)
+    counts = _Counts(tested, learner.task, runtime.device)
+    features = Features(stored_means(learner), -(-len(data) // runtime.world))
     learner.eval()
     with runtime.stopwatch("eval"):
-        for scores, targets, positions in scored(learner, data, store, batch_size):
-            if keep is not None:
-                keep(data, positions, scores)
-            counts.add(scores, targets, torch.from_numpy(owner[positions]).to(runtime.device, non_blocking=True))
+        with features.watching(learner.network.head):
+            for scores, targets, positions in scored(learner, data, store, batch_size, features):
+                if keep is not None:
+                    keep(data, positions, scores)
+                counts.add(scores, targets, torch.from_numpy(owner[positions]).to(runtime.device, non_blocking=True))
         counts.agree(runtime.gather(counts.names))
-        correct, by_class, lost = counts.totals(runtime)
+        correct, by_class, lost, newest = counts.totals(runtime)
+        drift = features.drift(learner.task.total_classes, runtime)
     if lost:
         where = f"behind task {learner.task.index + 1} of seed {learner.config.seeds[0]}"
         raise TrainingError(f"the scores of {lost:.0f} test images are no numbers {where}: {advice(learner)}")
     column = {id(task.test): index for index, task in enumerate(tested)}
     chosen = np.ascontiguousarray(correct[..., [column[id(task.test)] for task in tasks]])
-    return Evaluation(counts.names, chosen, by_class, counts.images)
+    return Evaluation(counts.names, chosen, by_class, counts.images, drift, _newest(newest, learner.task, data.labels))
+
+
+def _newest(predicted: float, task: TaskInfo, labels: np.ndarray) -> tuple[int, int, int] | None:
+    """As `Evaluation` has it; labels (N,) of the images."""
+    own = np.isin(labels, task.classes).sum()
+    return None if task.domain is not None else (int(predicted), int(own), len(labels))
 
 
 @torch.inference_mode()
 def scored(
-    learner: "Learner", data: TaskData, store: FrozenStore | None = None, batch_size: int | None = None
+    learner: "Learner",
+    data: TaskData,
+    store: FrozenStore | None = None,
+    batch_size: int | None = None,
+    features: Features | None = None,
 ) -> Iterator[tuple[dict[str, Tensor], Tensor, np.ndarray]]:
-    """({score: (B, C)}, labels (B,), positions (B,)) of this process's share of the images, batch by batch."""
+    """({score: (B, C)}, labels (B,), positions (B,)) of this process's share of the images, batch by batch. features:
+    collects those that a prediction was made from."""
     runtime, size = learner.runtime, batch_size or learner.config.test_batch_size
     view, share = data.view("test"), np.arange(len(data))[runtime.rank :: runtime.world]
     kept = store or FrozenStore(0)
@@ -96,6 +115,8 @@ def scored(
         with runtime.autocast():
             frozen = _frozen(learner, images, data, positions, kept)
             scores = learner.predict(images, frozen)
+        if features is not None:
+            features.add(frozen, targets)
         yield scores if isinstance(scores, dict) else {MAIN: scores}, targets, positions
 
 
@@ -146,13 +167,15 @@ def _frozen(
 class _Counts:
     """Right predictions, summed on the device."""
 
-    def __init__(self, tasks: Sequence[Task], num_classes: int, device: torch.device):
+    def __init__(self, tasks: Sequence[Task], at_hand: TaskInfo, device: torch.device):
         self.names: tuple[str, ...] = ()
         self.correct = torch.zeros(0, dtype=torch.float64, device=device)
         self.by_class = torch.zeros(0, dtype=torch.float64, device=device)
         self.lost = torch.zeros((), dtype=torch.float64, device=device)  # images whose scores are NaN
         self.images = 0
-        self._shape = len(tasks), num_classes
+        self.newest = torch.zeros((), dtype=torch.float64, device=device)  # predictions of the task at hand's classes
+        self._own = at_hand.classes
+        self._shape = len(tasks), at_hand.num_classes
         foreign = torch.ones(self._shape, dtype=torch.bool)
         for row, task in enumerate(tasks):
             foreign[row, task.classes.start : task.classes.stop] = False
@@ -171,18 +194,22 @@ class _Counts:
             self.correct[row].index_add_(1, owner, right)
             self.by_class[row].index_add_(0, targets, right[0])
             self.lost += values.isnan().any(dim=1).sum()
+        predicted = next(iter(scores.values())).argmax(dim=1)
+        self.newest += ((predicted >= self._own.start) & (predicted < self._own.stop)).sum()
 
     def agree(self, names: Sequence[tuple[str, ...]]) -> None:
         """names: those of every process, one of which may have had no image."""
         if not self.names:
             self._name(next(found for found in names if found))
 
-    def totals(self, runtime: Runtime) -> tuple[np.ndarray, np.ndarray, float]:
-        """(correct, by_class, images whose scores are NaN) over all processes; the host waits once."""
-        together = torch.cat([self.correct.flatten(), self.by_class.flatten(), self.lost[None]])
+    def totals(self, runtime: Runtime) -> tuple[np.ndarray, np.ndarray, float, float]:
+        """(correct, by_class, images whose scores are NaN, newest) over all processes; the host waits once."""
+        rest = torch.stack([self.lost, self.newest])
+        together = torch.cat([self.correct.flatten(), self.by_class.flatten(), rest])
         host = runtime.reduce_sum(together).cpu()
-        correct, by_class, lost = host.split([self.correct.numel(), self.by_class.numel(), 1])
-        return correct.view(self.correct.shape).numpy(), by_class.view(self.by_class.shape).numpy(), float(lost)
+        correct, by_class, rest = host.split([self.correct.numel(), self.by_class.numel(), 2])
+        lost, newest = rest.tolist()
+        return correct.view(self.correct.shape).numpy(), by_class.view(self.by_class.shape).numpy(), lost, newest
 
     def _name(self, names: tuple[str, ...]) -> None:
         tasks, classes = self._shape

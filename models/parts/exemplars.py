@@ -21,6 +21,7 @@ from torch import Tensor
 from convs.growing import Growing
 from data.loading import extract_features
 from data.stream import Task, TaskData
+from models.parts.drift import StoredMeans
 from utils.config import Count, TrainConfig
 from utils.errors import ConfigError
 from utils.keys import key
@@ -147,6 +148,10 @@ class ExemplarSet(Growing):
         """Both scores, the first one first: logits (B, C), features (B, D) -> each (B, C)."""
         both = {"logits": logits, "nme": self.scores(features, logits.shape[1])}
         return {first: both[first], **both}
+
+    def stored_means(self, names: tuple[str, ...]) -> StoredMeans:
+        labels, known = torch.arange(len(self.means), device=self.means.device), self.means.any(dim=1)
+        return StoredMeans(self.means, labels, known, of=normalised, unit=True, names=names)
 
     def stored_bytes(self) -> int:
         """Of the images, as if they were copied: what papers count."""

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from convs.growing import Growing
 from data.loading import View, extract_features
 from data.stream import Task
+from models.parts.drift import StoredMeans
 from utils.runtime import Runtime
 
 # Gaussians sampled at a time, so that noise never takes the memory of an epoch: on a CPU what its cache holds.
@@ -230,6 +231,9 @@ class ClassGaussians(Growing):
     def noise(self) -> int:
         """K: numbers that one sample takes from the generator."""
         return self.covariances.noise
+
+    def stored_means(self, names: tuple[str, ...]) -> StoredMeans:
+        return StoredMeans(self.means, self.labels, names=names)
 
     def dense_covariances(self) -> Tensor:
         """(G, D, D) float32, as far as the storage kind keeps them."""

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from convs.growing import Growing
 from data.loading import View, for_each_batch
+from models.parts.drift import StoredMeans
 from utils.runtime import Runtime
 
 
@@ -40,6 +41,10 @@ class ClassMeans(Growing):
         """Add rows (n, D) of classes that there is room for, labels (n,)."""
         self.sums.index_add_(0, labels, features.to(self.sums.dtype))
         self.counts += torch.bincount(labels, minlength=len(self.counts))
+
+    def stored_means(self, names: tuple[str, ...]) -> StoredMeans:
+        labels = torch.arange(len(self.counts), device=self.counts.device)
+        return StoredMeans(self.exact_means, labels, known=~self.empty, names=names)
 
     @property
     def empty(self) -> Tensor:

@@ -22,6 +22,7 @@ from data.loading import extract_features
 from data.stream import Task
 from models.base import LEARNERS, Report
 from models.first_session import FirstSession
+from models.parts.drift import StoredMeans
 from models.parts.prototypes import cosines
 from models.ranpac.ridge import RandomRidge, choose_ridge, ridge_losses
 from utils.config import Rate, Whole
@@ -107,6 +108,16 @@ class RanPAC(FirstSession):
             scores[:, :known] = h @ weight.mT if self.config.head == "linear" else cosines(h, weight)
             scores[:, :known].masked_fill_(self.ridge.counts == 0, -torch.inf)
         return scores
+
+    def _stored_means(self) -> StoredMeans | None:
+        """Without random features alone: to expand every test image once more would cost what a prediction costs, and
+        nothing can drift behind the first session."""
+        ridge = self.ridge
+        if ridge.projection.shape[1] or not len(ridge.counts):
+            return None
+        labels = torch.arange(len(ridge.counts), device=ridge.counts.device)
+        means = ridge.sums / ridge.counts.clamp(min=1)[:, None]
+        return StoredMeans(means, labels, known=ridge.counts > 0, names=tuple(self.frozen_names))
 
     def report(self) -> Report:
         return Report({"ridges": self.ridge.chosen.tolist()})

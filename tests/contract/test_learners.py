@@ -56,6 +56,38 @@ def test_learns_and_counts_every_test_image_once(stream):
     assert accuracy > 60, "flat colours with the task known are easy: chance is 33 to 50"
 
 
+# What these keep of a class, with their example's keys, is no mean of features that evaluation computes.
+STORE_NO_MEANS = {
+    "finetune", "joint", "lwf", "ewc", "derpp", "lae", "l2p", "dualprompt", "coda_prompt", "hcl", "ranpac",
+    "inflora",
+}  # fmt: skip
+
+
+def test_drift_stands_beside_accuracy_without_another_pass(stream, learner_name):
+    """Whoever stores means of features is told how far the test images' lie from them; nothing is computed for it."""
+    manager, learner = stream
+    read, passes = [], []
+    learner.network.backbone.register_forward_hook(lambda *_: passes.append(1))
+    for task in manager:
+        learn(learner, task)
+        read.append(evaluate(learner, manager[: task.index + 1]))
+        predicted, own, images = read[-1].newest
+        assert 0 <= predicted <= images and own == len(task.test)
+    if learner_name not in STORE_NO_MEANS:
+        for task, found in zip(manager, read, strict=True):
+            drift = found.drift
+            assert drift.shift.shape == (task.total_classes,) and np.isfinite(drift.shift).all()
+            assert (np.isfinite(drift.between) and drift.between > 0) or task.total_classes == 1
+            assert 0 <= drift.nearest_stored <= 100 and 0 <= drift.nearest_present <= 100
+    passes.clear()
+    again = evaluate(learner, manager[:])
+    with_drift, learner.stored_means = len(passes), lambda: None
+    passes.clear()
+    plain = evaluate(learner, manager[:])
+    assert with_drift == len(passes) and plain.drift is None
+    assert (plain.correct == again.correct).all()
+
+
 def predictions(learner, task, size: int | None = None, store: FrozenStore | None = None) -> dict[str, torch.Tensor]:
     learner.eval()
     found = [scores for scores, _, _ in scored(learner, task.test, store, size)]

@@ -1,0 +1,86 @@
+import gzip
+
+import numpy as np
+import pytest
+
+from data import idx
+from data.layouts import Options
+from data.sources import load, read
+from tests.data.official import idx_files
+from utils.errors import DataError
+
+OFFLINE = Options(download=False)
+
+
+@pytest.fixture(autouse=True)
+def no_package(monkeypatch, tmp_path):
+    monkeypatch.setattr(idx, "PACKAGE", tmp_path / "usr" / "share" / "datasets" / "fashion-mnist")
+
+
+@pytest.mark.parametrize("folder", ["fashion-mnist", "fashionmnist", "FashionMNIST/raw", "."])
+@pytest.mark.parametrize("packed", [True, False])
+def test_four_files_below_data_root(folder, packed, tmp_path):
+    root = tmp_path / "data"
+    idx_files(root / folder, packed=packed, classes=10)
+    data = load("fashionmnist", str(root), OFFLINE)
+    assert (len(data.train), len(data.test)) == (40, 20)
+    assert data.class_names[9] == "Ankle boot" and data.train.labels.tolist()[:11] == [*range(10), 0]
+    images = data.train.images
+    assert images.shape == (40, 28, 28, 3) and images.dtype == np.uint8 and (images[..., 0] == images[..., 2]).all()
+
+
+def test_the_installed_package_is_found(tmp_path):
+    idx_files(idx.PACKAGE, classes=10)
+    here = load("fashionmnist", str(tmp_path / "none"), OFFLINE)
+    idx_files(tmp_path / "data" / "fashion-mnist", packed=False, classes=10)
+    assert load("fashionmnist", str(tmp_path / "data"), OFFLINE).digest == here.digest
+
+
+def test_one_sentence_without_either(tmp_path):
+    with pytest.raises(DataError) as error:
+        load("fashionmnist", str(tmp_path), OFFLINE)
+    places = str(tmp_path / "fashion-mnist"), str(idx.PACKAGE)
+    for part in ("dataset-fashion-mnist", "train-images-idx3-ubyte.gz", *places):
+        assert part in str(error.value)
+
+
+def test_a_seeded_split_is_refused(tmp_path):
+    with pytest.raises(DataError, match='split must be "folder"'):
+        load("fashionmnist", str(tmp_path), Options(split="seeded", download=False))
+
+
+def _cut(path):
+    path.write_bytes(path.read_bytes()[:-9])
+
+
+def _other_kind(path):
+    path.write_bytes(gzip.compress(b"\0\0\x0d\x03" + b"\0" * 40))
+
+
+def _few_bytes(path):
+    path.write_bytes(gzip.compress(gzip.decompress(path.read_bytes())[:-1]))
+
+
+def _none(path):
+    path.write_bytes(b"")
+
+
+@pytest.mark.parametrize("damage", [_cut, _other_kind, _few_bytes, _none, lambda path: path.unlink()])
+@pytest.mark.parametrize("name", ["train-images-idx3-ubyte.gz", "t10k-labels-idx1-ubyte.gz"])
+def test_damage_is_named_by_file(damage, name, tmp_path):
+    place = tmp_path / "fashion-mnist"
+    idx_files(place, classes=10)
+    damage(place / name)
+    data, findings = read("fashionmnist", str(tmp_path), OFFLINE)
+    assert data is None and [finding.code for finding in findings.of("error")] == ["D11"]
+    assert str(place / name) in findings.of("error")[0].text
+
+
+def test_halves_that_do_not_fit_are_told(tmp_path):
+    place = tmp_path / "fashion-mnist"
+    idx_files(place, classes=10)
+    (place / "train-labels-idx1-ubyte.gz").write_bytes((place / "t10k-labels-idx1-ubyte.gz").read_bytes())
+    data, findings = read("fashionmnist", str(tmp_path), OFFLINE)
+    assert data is None and "40 images and 20 labels" in findings.of("error")[0].text
+    idx_files(place, classes=11)
+    assert "holds label 10" in read("fashionmnist", str(tmp_path), OFFLINE)[1].of("error")[0].text
