@@ -81,7 +81,7 @@ def test_drift_stands_beside_accuracy_without_another_pass(stream, learner_name)
             assert 0 <= drift.nearest_stored <= 100 and 0 <= drift.nearest_present <= 100
     passes.clear()
     again = evaluate(learner, manager[:])
-    with_drift, learner.stored_means = len(passes), lambda: None
+    with_drift, learner._stored_means = len(passes), lambda: None
     passes.clear()
     plain = evaluate(learner, manager[:])
     assert with_drift == len(passes) and plain.drift is None
