@@ -88,7 +88,7 @@ def held(folder: Path) -> Iterator[None]:
     with open(os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "r+", encoding="utf-8") as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        except (BlockingIOError, PermissionError):  # which of them depends on the system
             raise UserError(
                 f"'{folder}' is in use by {_holder(file.read())}. Wait for it, stop it, or choose another folder with "
                 "--output DIR"
