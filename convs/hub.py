@@ -30,7 +30,7 @@ def cached(name: str) -> Path | None:
 def fetch(name: str) -> Path:
     """Into the cache, where it is not there yet. Raises what the hub raises; ValueError where the tag is not on it."""
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     if (there := cached(name)) is not None:
         return there
@@ -40,6 +40,8 @@ def fetch(name: str) -> Path:
     for file in names[:-1]:
         try:
             return Path(hf_hub_download(repository, file))
+        except LocalEntryNotFoundError:  # the hub was not reached, which says nothing of the file
+            raise
         except EntryNotFoundError:  # older tags have the pickle alone
             continue
     return Path(hf_hub_download(repository, names[-1]))

@@ -14,6 +14,7 @@ import numpy as np
 
 from data.checks import Findings
 from data.layouts import Options
+from data.named import leaving_no_empty_folders
 from data.records import ImageData, Split
 
 FILES = {
@@ -36,7 +37,10 @@ def load_fashion_mnist(root: Path, options: Options, findings: Findings) -> Imag
     if (place := _found(places)) is None and options.download:
         from torchvision.datasets import FashionMNIST
 
-        with suppress(Exception):  # url, archive and checksum faults come as many types; the sentence below says it
+        with (
+            leaving_no_empty_folders(root),
+            suppress(Exception),
+        ):  # url, archive and checksum faults come as many types; the sentence below says it
             root.mkdir(parents=True, exist_ok=True)
             FashionMNIST(str(root), download=True)
         place = _found(places)

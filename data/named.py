@@ -1,6 +1,8 @@
 """Data sets of libraries by name and options: "torchvision:EMNIST?split=letters", "hf:NAME?label=fine_label"."""
 
-from collections.abc import Callable, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
@@ -93,6 +95,23 @@ def fixed_split(key: str, options: Options, findings: Findings) -> bool:
     if options.split != "folder":
         findings.error("D03", f'{key} has its own halves: split must be "folder", is "{options.split}"')
     return options.split == "folder"
+
+
+@contextmanager
+def leaving_no_empty_folders(root: Path) -> Iterator[None]:
+    """Readers make folders before they find that there is nothing to put into them: such go again."""
+    there = {path.name for path in root.iterdir()} if root.is_dir() else None
+    try:
+        yield
+    finally:
+        made = [path for path in root.iterdir() if path.name not in (there or ())] if root.is_dir() else []
+        for folder in [path for path in made if path.is_dir()]:
+            for inner, _, _ in os.walk(folder, topdown=False):
+                with suppress(OSError):  # not empty
+                    os.rmdir(inner)
+        if there is None:
+            with suppress(OSError):
+                root.rmdir()
 
 
 def converted(options: Mapping[str, str], defaults: Mapping[str, Any], findings: Findings) -> dict[str, Any]:

@@ -14,7 +14,17 @@ import numpy as np
 
 from data.checks import Findings
 from data.layouts import Options
-from data.named import Half, converted, drawn, fixed_split, image_data, parsed, rgb, unknown_option
+from data.named import (
+    Half,
+    converted,
+    drawn,
+    fixed_split,
+    image_data,
+    leaving_no_empty_folders,
+    parsed,
+    rgb,
+    unknown_option,
+)
 from data.records import ImageData
 from utils.errors import did_you_mean
 
@@ -153,21 +163,20 @@ def _halved_by_split(arguments: dict[str, Any]) -> bool:
 
 def _made(official: Any, root: Path, keys: dict[str, Any], options: Options) -> Any:
     """The set; downloaded where it is missing and may be."""
-    taken = _all(official)
-    quiet = {"download": False} if "download" in taken else {}
-    try:
-        return official(str(root), **keys, **quiet)
-    except (RuntimeError, OSError) as error:
-        looked, first = _looked_in(error, root), error
-    reason = str(first).partition(". ")[0]
-    if options.download and quiet:
+    quiet = {"download": False} if "download" in _all(official) else {}
+    with leaving_no_empty_folders(root):
         try:
-            root.mkdir(parents=True, exist_ok=True)
-            return official(str(root), **keys, download=True)
-        except ValueError:
-            raise
-        except Exception as error:  # noqa: BLE001 - url, archive and checksum faults come as many types
-            reason = f"{reason}; the download failed: {error}"
+            return official(str(root), **keys, **quiet)
+        except (RuntimeError, OSError) as error:
+            looked, reason = _looked_in(error, root), str(error).partition(". ")[0]
+        if options.download and quiet:
+            try:
+                root.mkdir(parents=True, exist_ok=True)
+                return official(str(root), **keys, download=True)
+            except ValueError:
+                raise
+            except Exception as error:  # noqa: BLE001 - url, archive and checksum faults come as many types
+                reason = f"{reason}; the download failed: {error}"
     raise Missing(
         f"'{looked}' is not there, or not whole ({reason}). Put torchvision's {official.__name__} there, point "
         "data_root (key, --data-root DIR, or PALIMPSEST_DATA) at the folder that holds it, or run "

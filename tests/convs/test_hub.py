@@ -46,6 +46,22 @@ def test_what_is_not_there_is_no_file(tmp_path, monkeypatch):
     assert hub.cached(TAG) is None
 
 
+def test_a_hub_that_is_not_reached_is_asked_once(tmp_path, monkeypatch):
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    asked = []
+
+    def download(repository, name):
+        asked.append(name)
+        raise LocalEntryNotFoundError("no route to host")
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    with pytest.raises(LocalEntryNotFoundError):
+        hub.fetch(TAG)
+    assert asked == [hub.SAFE]
+
+
 def test_older_tags_have_the_pickle_alone(tmp_path, monkeypatch):
     from huggingface_hub.errors import EntryNotFoundError
 

@@ -44,6 +44,25 @@ def test_one_sentence_without_either(tmp_path):
         assert part in str(error.value)
 
 
+def test_a_failed_download_leaves_nothing_behind(tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr("torchvision.datasets.mnist.download_and_extract_archive", fail)
+    for root in (tmp_path / "none", tmp_path):
+        with pytest.raises(DataError, match="dataset-fashion-mnist"):
+            load("fashionmnist", str(root), Options())
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_download_is_used(tmp_path, monkeypatch):
+    def download(self):
+        idx_files(tmp_path / "FashionMNIST" / "raw", packed=False, classes=10)
+
+    monkeypatch.setattr("torchvision.datasets.MNIST.download", download)
+    assert len(load("fashionmnist", str(tmp_path), Options()).train) == 40
+
+
 def test_a_seeded_split_is_refused(tmp_path):
     with pytest.raises(DataError, match='split must be "folder"'):
         load("fashionmnist", str(tmp_path), Options(split="seeded", download=False))

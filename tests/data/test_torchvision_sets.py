@@ -147,6 +147,7 @@ def test_a_download_that_fails_is_told(tmp_path, monkeypatch):
     with pytest.raises(DataError, match="the download failed") as error:
         load("mnist", str(tmp_path), Options())
     assert f"'{tmp_path / 'MNIST/raw'}'" in str(error.value)
+    assert not list(tmp_path.iterdir()), "the folder that the reader made is gone again"
 
 
 def test_a_half_without_a_class_is_told(tmp_path):
