@@ -16,12 +16,12 @@ from utils import checkpoint
 pytestmark = pytest.mark.smoke
 
 
-def write_config(tmp_path: Path, name: str) -> Path:
+def write_config(tmp_path: Path, name: str, epochs: int = 2) -> Path:
     """Augmentation and dropout draw random numbers all the time; every step may be saved."""
     domains = "class" not in learner_class(name).streams
     stream = {"dataset": write_stream(tmp_path / "d.npz", domains=3), "shuffle": False, "increment": None}
     keys = {"backbone": TINY_VIT | {"proj_drop_rate": 0.2}, "train_transform": "pad_crop", "checkpoint_minutes": 1e-9}
-    keys["epochs"] = 2
+    keys["epochs"] = epochs
     path = tmp_path / "run.json"
     path.write_text(json.dumps(tiny_values(tmp_path, name, **keys, **(stream if domains else {}))))
     return path
@@ -86,7 +86,7 @@ def test_every_learner_resumes(learner_name, tmp_path, monkeypatch):
 def test_every_learner_resumes_inside_every_task(learner_name, tmp_path, monkeypatch):
     """Each run dies where the one before went on: in the first steps of a task, behind an epoch, behind a stage, in
     after_task, in the evaluation, behind the task; three tasks long."""
-    config = write_config(tmp_path, learner_name)
+    config = write_config(tmp_path, learner_name, epochs=4)
     learner = learner_class(learner_name)
     training = [
         (trainer.SeedRun, "step_done", 2),
