@@ -18,7 +18,7 @@ from convs import hub
 from convs.cast_once import cast_frozen_once
 from convs.small import SMALL
 from convs.weights import ASKED, RANDOM, LoadReport, WeightOptions, load_weights
-from utils.errors import ConfigError, UserError, WeightsError, did_you_mean, reason
+from utils.errors import ConfigError, UserError, WeightsError, did_you_mean
 from utils.storage import expanded
 
 BUNDLED = Path(__file__).resolve().parent.parent / "data"
@@ -164,8 +164,8 @@ def weight_file(text: str) -> Path:
     """Raises WeightsError for a home directory of nobody."""
     try:
         return expanded(text)
-    except RuntimeError as error:
-        raise WeightsError(f"weights '{text}': {reason(error)}") from None
+    except UserError as error:
+        raise WeightsError(f"weights {error}") from None
 
 
 def renew_final_norm(backbone: Backbone) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 
 from data.checks import Findings
 from data.images import IMAGE_SUFFIXES
-from utils.errors import reason, shown
+from utils.errors import UserError, reason, shown
 from utils.files import likely_cause, special
 from utils.seed import mix
 from utils.storage import expanded
@@ -34,8 +34,8 @@ def own_path(text: str, findings: Findings) -> Path | None:
     """A path that the user wrote; None, with D15, for a home directory of nobody."""
     try:
         return expanded(text)
-    except RuntimeError as error:
-        findings.error("D15", f"'{text}': {reason(error)}")
+    except UserError as error:
+        findings.error("D15", str(error))
         return None
 
 
