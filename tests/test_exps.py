@@ -46,6 +46,7 @@ def test_config_is_valid_and_says_what_it_is(path):
     input_size(config.backbone)  # a known backbone
 
 
+@pytest.mark.slow
 def test_learner_is_built(path):
     """With random weights and a small network where the real one needs a download."""
     config = load_config(str(path))

@@ -82,6 +82,7 @@ POINTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("point", POINTS)
 def test_kill_and_resume_gives_the_same_numbers(point, config, tmp_path, monkeypatch):
     owner, name, calls, minutes = POINTS[point]

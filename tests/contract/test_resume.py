@@ -74,6 +74,7 @@ def check(config: Path, tmp_path: Path, monkeypatch, points) -> int:
     return deaths
 
 
+@pytest.mark.slow
 def test_every_learner_resumes(learner_name, tmp_path, monkeypatch):
     """Inside a task, behind its training, across the boundary to the next, inside that one."""
     config = write_config(tmp_path, learner_name)

@@ -79,6 +79,7 @@ def test_networks_start_as_the_reference_networks_do(name):
             assert abs(mine[0] - other[0]) <= 2 * 6 * other[1] / count**0.5, key
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [32, 64, 224])
 @pytest.mark.parametrize("name", SMALL)
 def test_every_network_runs_at_every_size(name, size):

@@ -1,6 +1,7 @@
 """Jitter, grey and blur of a batch against Pillow and torchvision."""
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 from scipy.stats import ks_2samp
@@ -54,6 +55,7 @@ def statistics(images: np.ndarray) -> dict[str, np.ndarray]:
     }
 
 
+@pytest.mark.slow
 def test_the_recipe_is_distributed_as_the_host_s():
     for size in (32, 40):  # above 32 px it blurs
         ramp = np.linspace(40, 220, size)

@@ -22,6 +22,8 @@ from tools.landscape import runs
 from utils import checkpoint
 from utils.runtime import Runtime
 
+pytestmark = pytest.mark.slow
+
 SMALL = ("--grid", "3", "--images", "100")  # all 14 images of a task
 
 

@@ -14,6 +14,8 @@ from tests.conftest import tiny_values
 from tests.test_resume import Killed, kill_after
 from utils.checkpoint import identity_of
 
+pytestmark = pytest.mark.slow
+
 
 class Run:
     """A tiny run of two seeds and its command."""

@@ -22,6 +22,16 @@ from utils.interrupt import STOPPING, StopSignal
 ROOT = Path(__file__).resolve().parent.parent.parent
 
 
+@pytest.fixture(autouse=True)
+def signals_as_in_a_terminal():
+    """Tests may run under nohup, or behind a shell's "&", which ignore some."""
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in STOPPING}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @pytest.mark.parametrize("number", STOPPING, ids=lambda number: signal.Signals(number).name)
 def test_each_signal_stops_at_the_end_of_what_must_not_be_cut(number):
     with pytest.raises(Interrupted, match=signal.Signals(number).name), StopSignal() as stop, stop.deferred():
@@ -144,7 +154,8 @@ def test_a_signal_during_the_imports_leaves_without_a_traceback(seconds, tmp_pat
     (tmp_path / "run.json").write_text(json.dumps(values))
     command = [sys.executable, "main.py", "--config", str(tmp_path / "run.json"), "--output", str(tmp_path / "out")]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-                               env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
+                               env=os.environ | {"OMP_NUM_THREADS": "1"},
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # fmt: skip
     time.sleep(seconds)
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=60)

@@ -174,6 +174,7 @@ def test_a_stage_of_distilbuf(tmp_path, monkeypatch):
     assert next(draws, None) is None and next(choices, None) is None, "every recorded draw was used"
 
 
+@pytest.mark.slow
 @pytest.mark.smoke
 @pytest.mark.parametrize("variant", ["distil", "distilbuf", "qdi"])
 @pytest.mark.parametrize("student", ARCHITECTURES)
@@ -380,6 +381,7 @@ CUTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.smoke
 @pytest.mark.parametrize("cut", CUTS)
 def test_a_heterogeneous_run_resumes_to_the_same_digits(cut, tmp_path, monkeypatch):

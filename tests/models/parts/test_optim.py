@@ -247,6 +247,7 @@ def test_held_rows_stay_whatever_decays(make, sam):
     assert torch.equal(weight[0], torch.ones(2)) and (weight[1:] < 1).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damping", [0, 25])
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 @pytest.mark.parametrize("name", list(LEARNERS))

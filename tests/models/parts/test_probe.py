@@ -37,6 +37,7 @@ def test_a_linear_layer_separates_what_is_separable():
     assert torch.equal(weight, again)
 
 
+@pytest.mark.slow
 @pytest.mark.smoke
 @pytest.mark.parametrize(
     ("name", "kind"), [*((name, "linear") for name in LEARNERS), ("finetune", "linear_raw"), ("finetune", "knn")]

@@ -258,6 +258,7 @@ def test_jobs_are_the_command_line_with_resume_and_finished_ones_are_skipped(pro
     )  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("at_once", [1, None])
 def test_submitit_runs_jobs_by_its_local_executor(tmp_path, at_once):
     pytest.importorskip("submitit")

@@ -17,6 +17,7 @@ TINY = {"name": "vit", "img_size": 32, "patch_size": 16, "embed_dim": 128, "dept
 BUILT: set[str] = set()  # configs that rows of several tables share
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", TABLES, ids=lambda path: path.stem)
 def test_every_row_loads_checks_and_builds(path):
     """With random weights and a small network where the real one needs a download."""
