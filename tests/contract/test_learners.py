@@ -63,6 +63,7 @@ STORE_NO_MEANS = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_drift_stands_beside_accuracy_without_another_pass(stream, learner_name):
     """Whoever stores means of features is told how far the test images' lie from them; nothing is computed for it."""
     manager, learner = stream
@@ -110,6 +111,7 @@ def test_predictions_do_not_depend_on_the_batch(stream):
         torch.testing.assert_close(shuffled, whole[name][torch.from_numpy(order)], atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_frozen_values_never_change_and_give_the_same_predictions(stream):
     """What is stored after the first task is what would be computed at the end."""
     manager, learner = stream

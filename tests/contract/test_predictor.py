@@ -37,6 +37,7 @@ def finished(tmp_path: Path, name: str, **keys) -> tuple[Path, dict[str, np.ndar
     return tmp_path / "out", arrays
 
 
+@pytest.mark.slow
 def test_the_predictor_has_the_run_s_accuracy(learner_name, tmp_path):
     out, arrays = finished(tmp_path, learner_name)
     result = json.loads((out / "seed1993" / "result.json").read_text())

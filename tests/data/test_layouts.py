@@ -46,6 +46,7 @@ def test_every_row_has_a_tree_and_is_a_source():
     assert set(ROWS) <= set(SOURCES)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", trees.LAYOUTS)
 def test_a_published_layout_loads(name, disk):
     key = trees.LAYOUTS[name][0]

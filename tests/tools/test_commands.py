@@ -75,6 +75,7 @@ def test_help_is_quick_and_imports_no_torch():
     subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True, capture_output=True)
 
 
+@pytest.mark.slow
 def test_a_closed_pipe_ends_quietly():
     done = subprocess.run(
         f"{sys.executable} main.py keys slca | head -1", shell=True, cwd=ROOT, capture_output=True, text=True

@@ -64,6 +64,7 @@ def test_schema_line_for_editors_is_no_key(tmp_path):
     assert read_json(path) == {"epochs": 3}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("learner", list(LEARNERS))
 def test_the_schema_refuses_what_the_config_refuses(learner, tmp_path):
     schema = json_schema(LEARNERS[learner].Config, learner)

@@ -38,6 +38,7 @@ def numbers(folder):
 B50 = {"init_cls": 4, "epochs": 1, "keep_checkpoints": "first"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("learner, keys", [
     ("finetune", {}), ("aper", {}), ("ranpac", {}), ("icarl", {}),
 ])  # fmt: skip
