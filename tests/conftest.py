@@ -1,6 +1,10 @@
 """What tests share: reference numbers, a tiny stream, a tiny learner."""
 
+import json
 import os
+import subprocess
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +20,7 @@ from models.factory import build_learner, config_from, learner_class
 from utils.config import RunConfig, TrainConfig
 from utils.runtime import Runtime
 
+ROOT = Path(__file__).resolve().parent.parent
 FIXTURES = Path(os.environ.get("PALIMPSEST_FIXTURES") or Path(__file__).parent / "fixtures")
 TINY_VIT = {"name": "vit", "img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2}
 
@@ -98,6 +103,18 @@ def build_tiny(tmp_path: Path, model_name: str = "finetune", **keys: Any):
     manager = DataManager(config, image_size=16)
     torch.manual_seed(0)
     return manager, build_learner(config, runtime, manager[0].info)
+
+
+def in_processes(tmp_path: Path, values: dict[str, Any], counts: Sequence[int] = (1, 2)) -> list[Path]:
+    """Run a config by torchrun, over gloo, in so many processes each time; the seed's folders."""
+    (tmp_path / "run.json").write_text(json.dumps(values))
+    for count in counts:
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}", "main.py"]
+        command = [*launch, "--config", str(tmp_path / "run.json"), "--output", str(tmp_path / str(count))]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
+        assert done.returncode == 0, done.stderr[-2000:]
+    return [tmp_path / str(count) / "seed1993" for count in counts]
 
 
 def bare_backbone(model: torch.nn.Module, width: int) -> Backbone:

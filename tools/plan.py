@@ -19,7 +19,7 @@ from models.parts.loop import begin
 from models.parts.remarks import remarks
 from models.parts.stages import Stage
 from utils.config import RunConfig
-from utils.errors import ConfigError
+from utils.errors import ConfigError, reason
 from utils.runtime import Runtime
 
 COMMAND = "plan"
@@ -43,40 +43,34 @@ def plan(config: RunConfig) -> str:
     manager, learner = trainer.prepare(first, Runtime.of(config))
     task = replace(manager[0], train=manager[0].train.first(8))
     begin(learner, task)
-    lines = _lines(config, manager, learner, task)
-    _try_networks(first, manager)
-    return "\n".join(lines)
+    _try_networks(first, manager, learner)
+    return "\n".join(_lines(config, manager, learner, task))
 
 
-def _try_networks(config: RunConfig, manager: DataManager) -> None:
-    """One batch of two images through each network that the run will make, in training and in evaluation. Raises
-    UserError naming the network that refuses it."""
-    runtime = Runtime.of(config)
-    count = max(1, len(getattr(config, "networks", None) or ()))
-    for index, task in enumerate(manager[:count]):
-        learner = trainer.seeded_learner(config, runtime, manager[index])
-        task = replace(task, train=task.train.first(2), test=task.test.first(2))
-        try:
-            if index == 0:
-                begin(learner, task)
-                if learner.stage is not None:
-                    learner.make_optimizer()
-            else:
-                learner.network.head.grow(task.num_classes)
-            images, _ = task.train.view("train").__getitems__(Batch(torch.arange(len(task.train)).numpy()))
-            pixels, _ = runtime.to_device(images[:, :3], torch.zeros(len(images), dtype=torch.int64))
-            for training in (True, False):
-                learner.train(training)
-                with torch.no_grad(), runtime.autocast():
-                    learner.features(pixels)
-        except (RuntimeError, ValueError, AssertionError) as error:
-            raise ConfigError(
-                "backbone",
-                [
-                    f"{learner.network.backbone.info.name} refuses images of {manager.image_size} px "
-                    f"({type(error).__name__}: {str(error).splitlines()[0]}): choose another image_size"
-                ],
-            ) from None
+def _try_networks(config: RunConfig, manager: DataManager, learner: Learner) -> None:
+    """Two images through each network that the run will make, in training and in evaluation. learner: at the beginning
+    of its first task. Raises ConfigError naming the network that refuses them."""
+    if learner.stage is not None:
+        learner.make_optimizer()
+    view = manager[0].train.first(2).view("train")
+    images, _ = view.__getitems__(Batch(torch.arange(len(view)).numpy()))
+    pixels, _ = learner.runtime.to_device(images[:, :3], torch.zeros(len(images), dtype=torch.int64))
+    _try(learner, pixels)
+    for task in manager[1 : len(getattr(config, "networks", None) or ())]:
+        _try(trainer.seeded_learner(config, learner.runtime, task), pixels)
+    learner.eval()
+
+
+def _try(learner: Learner, pixels: Tensor) -> None:
+    try:
+        for training in (True, False):
+            learner.train(training)
+            with torch.no_grad(), learner.runtime.autocast():
+                learner.features(pixels)
+    except (RuntimeError, ValueError, AssertionError) as error:
+        sentence = f"{learner.network.backbone.info.name} refuses images of {pixels.shape[-1]} px"
+        why = f"{type(error).__name__}: {reason(error)}"
+        raise ConfigError("backbone", [f"{sentence} ({why}): choose another image_size"]) from None
 
 
 def _lines(config: RunConfig, manager: DataManager, learner: Learner, task: Task) -> list[str]:

@@ -193,7 +193,7 @@ class _Counts:
             )
             self.correct[row].index_add_(1, owner, right)
             self.by_class[row].index_add_(0, targets, right[0])
-            self.lost += values.isnan().any(dim=1).sum()
+        self.lost += torch.stack([values.isnan().any(dim=1) for values in scores.values()]).any(dim=0).sum()
         predicted = next(iter(scores.values())).argmax(dim=1)
         self.newest += ((predicted >= self._own.start) & (predicted < self._own.stop)).sum()
 

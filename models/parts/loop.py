@@ -72,6 +72,7 @@ class FitState:
     step: int = 0  # batches done in this epoch
     seen: int = 0  # images of this epoch so far, all processes
     seconds: float = 0.0  # of this epoch before it was interrupted
+    warned: bool = False  # of a large loss; a resumed run may say it again
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -169,7 +170,6 @@ def fit(
         learner.after_backward()
         return loss.detach() * weight
 
-    warned = False
     while state.epoch < stage.epochs:
         learner.train()
         observer.epoch_started(len(loader), state.step)
@@ -184,23 +184,30 @@ def fit(
             state.step, state.seen = state.step + 1, state.seen + size
             state.seconds = time.perf_counter() - started
             observer.step_done(state)
-        numbers = {"loss": float(runtime.reduce_sum(state.loss_sum)) / state.seen / runtime.world}
-        if not np.isfinite(numbers["loss"]):
-            refuse_loss(learner, numbers["loss"], state.epoch + 1)
-        if numbers["loss"] > LARGE and not warned:
-            warned = True
-            log.warning("the loss is %.1e in epoch %d: training diverges; %s", numbers["loss"], state.epoch + 1,
-                        advice(learner))  # fmt: skip
-        state.seconds = time.perf_counter() - started
-        runtime.stopwatch.add("train", state.seconds)
-        numbers["lr"] = optimizer.param_groups[-1]["lr"]
-        numbers |= {"images_per_second": state.seen / state.seconds, "seconds": state.seconds}
-        scheduler.step()
-        state.epoch, state.step = state.epoch + 1, 0
-        numbers |= learner.after_epoch(state.epoch)
-        state.loss_sum.zero_()
-        state.seen, state.seconds = 0, 0.0
-        observer.epoch_done(state, numbers)
+        _end_epoch(learner, state, observer, started)
+
+
+def _end_epoch(learner: "Learner", state: FitState, observer: Observer, started: float) -> None:
+    """Read the loss, the one wait of an epoch; step the schedule; tell the learner and who watches. started: by the
+    clock; an epoch's seconds end when the device is through with it."""
+    runtime = learner.runtime
+    numbers = {"loss": float(runtime.reduce_sum(state.loss_sum)) / state.seen / runtime.world}
+    if not np.isfinite(numbers["loss"]):
+        refuse_loss(learner, numbers["loss"], state.epoch + 1)
+    if numbers["loss"] > LARGE and not state.warned:
+        state.warned = True
+        log.warning("the loss is %.1e in epoch %d: training diverges; %s", numbers["loss"], state.epoch + 1,
+                    advice(learner))  # fmt: skip
+    state.seconds = time.perf_counter() - started
+    runtime.stopwatch.add("train", state.seconds)
+    numbers["lr"] = state.optimizer.param_groups[-1]["lr"]
+    numbers |= {"images_per_second": state.seen / state.seconds, "seconds": state.seconds}
+    state.scheduler.step()
+    state.epoch, state.step = state.epoch + 1, 0
+    numbers |= learner.after_epoch(state.epoch)
+    state.loss_sum.zero_()
+    state.seen, state.seconds = 0, 0.0
+    observer.epoch_done(state, numbers)
 
 
 def _shuffle(task: int, stage: int) -> tuple[int, ...]:

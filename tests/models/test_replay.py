@@ -1,9 +1,6 @@
 """Replay: the reference's run, streams of domains, several processes, budgets that do not fit."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +8,7 @@ import pytest
 
 from models.factory import config_from
 from models.parts.loop import learn
-from tests.conftest import build_tiny, tiny_values, write_stream
+from tests.conftest import build_tiny, in_processes, tiny_values, write_stream
 from tests.models.classic_runs import WholeRun, budget, schedule
 from utils.errors import ConfigError
 
@@ -67,16 +64,8 @@ def test_keys_of_other_toolboxes_are_answered(tmp_path, keys, answer):
 def test_two_processes_equal_one(learner, tmp_path):
     """Over gloo: the same exemplars, the same accuracy by either score."""
     values = tiny_values(tmp_path, learner, batch_size=5, optimizer="sgd", lrate=0.02)
-    (tmp_path / "run.json").write_text(json.dumps(values))
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    results = []
-    for processes in ("1", "2"):
-        run = ["main.py", "--config", str(tmp_path / "run.json"), "--output", str(tmp_path / processes)]
-        command = [*launch, f"--nproc-per-node={processes}", *run]
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
-        assert done.returncode == 0, done.stderr[-2000:]
-        results.append(json.loads((tmp_path / processes / "seed1993" / "result.json").read_text()))
+    folders = in_processes(tmp_path, values)
+    results = [json.loads((folder / "result.json").read_text()) for folder in folders]
     assert results[1]["environment"]["processes"] == 2
     for name in ("acc", "last_acc_nme" if learner == "replay" else "last_acc_logits"):
         assert results[0][name] == results[1][name], name

@@ -1,9 +1,6 @@
 """MOS: whole runs of the reference with and without its defects, its answers."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +12,7 @@ from convs.adapter_sets import TENSORS, share
 from models.factory import config_from
 from models.parts.alignment import Draws, align
 from models.parts.loop import learn
-from tests.conftest import build_tiny, reference, tiny_values
+from tests.conftest import build_tiny, in_processes, reference, tiny_values
 from tests.convs.vits import BRANCHED, adapter_parameters, bottleneck_of, close, fill, group
 from tests.models.properties import check_dropout, check_standing_still
 from tests.models.stored_runs import StoredRun
@@ -198,22 +195,7 @@ def test_rows_of_the_head(full, tmp_path):
 def test_two_processes_equal_one(tmp_path):
     """The regulariser matches every row of a batch with every other, also with those of the other process."""
     values = tiny_values(tmp_path, "mos", adapter_dropout=0.0, batch_size=5, lrate=0.1, epochs=2, optimizer=None)
-    (tmp_path / "run.json").write_text(json.dumps(values))
-    for processes in (1, 2):
-        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-        command = [
-            *launch,
-            "main.py",
-            "--config",
-            str(tmp_path / "run.json"),
-            "--output",
-            str(tmp_path / str(processes)),
-        ]
-        done = subprocess.run(
-            command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=240
-        )
-        assert done.returncode == 0, done.stderr[-2000:]
-    folders = [tmp_path / str(processes) / "seed1993" for processes in (1, 2)]
+    folders = in_processes(tmp_path, values)
     losses = [[json.loads(line)["loss"] for line in (folder / "epochs.jsonl").open()] for folder in folders]
     np.testing.assert_allclose(losses[0], losses[1], rtol=1e-4)
     one, two = (json.loads((folder / "result.json").read_text()) for folder in folders)

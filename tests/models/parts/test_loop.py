@@ -1,8 +1,5 @@
 import math
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +10,7 @@ import torch.nn.functional as F
 from data.loading import EpochLoader, extract_features
 from models.parts.loop import begin, fit
 from models.parts.optim import build_scheduler
-from tests.conftest import build_tiny, tiny_values
+from tests.conftest import build_tiny, in_processes, tiny_values
 from utils import checkpoint
 from utils.errors import TrainingError
 
@@ -122,22 +119,7 @@ def test_two_processes_equal_one(keys, tmp_path):
 
     # 14 images in batches of 5: the last is ragged. SGD: Adam blows rounding up where a gradient is zero.
     values = tiny_values(tmp_path, train_transform="pad_crop", batch_size=5, optimizer="sgd", lrate=0.02, **keys)
-    (tmp_path / "run.json").write_text(json.dumps(values))
-    for processes in (1, 2):
-        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-        command = [
-            *launch,
-            "main.py",
-            "--config",
-            str(tmp_path / "run.json"),
-            "--output",
-            str(tmp_path / str(processes)),
-        ]
-        done = subprocess.run(
-            command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=240
-        )
-        assert done.returncode == 0, done.stderr[-2000:]
-    folders = [tmp_path / str(processes) / "seed1993" for processes in (1, 2)]
+    folders = in_processes(tmp_path, values)
     one, two = (json.loads((folder / "result.json").read_text()) for folder in folders)
     assert one["acc"] == two["acc"] and two["environment"]["processes"] == 2
     losses = [[json.loads(line)["loss"] for line in (folder / "epochs.jsonl").open()] for folder in folders]
