@@ -94,7 +94,8 @@ def sum_of_squares(
     network: nn.Module, parameters: Mapping[str, Tensor], images: Tensor, targets: Tensor, weighted: bool
 ) -> dict[str, Tensor]:
     """sum_i w_i g_i^2 over the images, g_i = grad log p(y_i|x_i), w_i = p(y_i|x_i) or 1. The network is in evaluation
-    mode: an image must not depend on the others."""
+    mode: an image must not depend on the others. In 32 bits under autocast too: squares of small gradients, and on CUDA
+    the batched backward pass of attention refuses mixed types."""
     weights = {name: parameter.detach() for name, parameter in parameters.items()}
 
     def log_likelihood(weights: dict[str, Tensor], image: Tensor, target: Tensor) -> Tensor:
@@ -104,12 +105,13 @@ def sum_of_squares(
     per_image: Callable[..., Any] = vmap(grad_and_value(log_likelihood), in_dims=(None, 0, 0))
     size = max(1, NUMBERS_AT_ONCE // sum(p.numel() for p in weights.values()))
     sums = {name: torch.zeros_like(p) for name, p in weights.items()}
-    for part, labels in zip(images.split(size), targets.split(size), strict=True):
-        with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no batched form: image by image
-            grads, values = per_image(weights, part, labels)
-        factors = values.exp() if weighted else torch.ones_like(values)
-        for name, grad in grads.items():
-            sums[name] += torch.einsum("i,i...->...", factors, grad.square())
+    with torch.autocast(images.device.type, enabled=False):
+        for part, labels in zip(images.split(size), targets.split(size), strict=True):
+            with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no batched form: image by image
+                grads, values = per_image(weights, part, labels)
+            factors = values.exp() if weighted else torch.ones_like(values)
+            for name, grad in grads.items():
+                sums[name] += torch.einsum("i,i...->...", factors, grad.square())
     return sums
 
 

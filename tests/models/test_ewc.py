@@ -89,6 +89,17 @@ def test_squares_of_single_images(monkeypatch, weighted):
         torch.testing.assert_close(value, expected[name], atol=1e-7, rtol=1e-4)
 
 
+def test_squares_are_of_32_bits_under_autocast():
+    """CUDA's batched backward pass of attention refuses what a mixed forward pass leaves."""
+    network = vit()
+    parameters = dict(network.named_parameters())
+    images, targets = torch.rand(3, 3, 16, 16), torch.tensor([0, 2, 1])
+    plain = sum_of_squares(network, parameters, images, targets, weighted=True)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        mixed = sum_of_squares(network, parameters, images, targets, weighted=True)
+    assert all(torch.equal(mixed[name], plain[name]) for name in plain)
+
+
 def test_springs_by_hand():
     """First rows merge, new ones take the new Fisher; numbers without dimensions whole."""
     springs = Springs()
