@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
 from convs.backbones import input_size
@@ -28,7 +29,16 @@ from models.parts.state import learner_state, restore
 from utils import checkpoint
 from utils.config import RunConfig
 from utils.errors import Interrupted
-from utils.folders import claim, draw, refuse_foreign, refuse_other_inputs, seed_folder, sound_result, summarise
+from utils.folders import (
+    as_begun,
+    claim,
+    draw,
+    refuse_foreign,
+    refuse_other_inputs,
+    seed_folder,
+    sound_result,
+    summarise,
+)
 from utils.interrupt import StopSignal
 from utils.metrics import accuracy_by_class, summarise_probe, summarise_scores
 from utils.plots import plot_images, plot_run
@@ -56,8 +66,8 @@ def run(config: RunConfig, folder: Path, resume: bool) -> None:
         summarise(config, folder)
 
 
-def load_data(config: RunConfig) -> DataManager:
-    return DataManager(config, config.image_size or input_size(config.backbone))
+def load_data(config: RunConfig, device: torch.device | None = None) -> DataManager:
+    return DataManager(config, config.image_size or input_size(config.backbone), device)
 
 
 def seeded_learner(config: RunConfig, runtime: Runtime, task: TaskInfo, restoring: bool = False) -> Learner:
@@ -71,7 +81,7 @@ def prepare(config: RunConfig, runtime: Runtime) -> tuple[DataManager, Learner]:
 
     Raises ConfigError where the learner does not take the stream.
     """
-    manager = load_data(config)
+    manager = load_data(config, runtime.device)
     learner = seeded_learner(config, runtime, manager[0])
     refuse_stream(learner, manager)
     return manager, learner
@@ -83,6 +93,7 @@ def run_seed(config: RunConfig, folder: Path, runtime: Runtime, resume: bool) ->
     if runtime.is_main:
         make_folder(folder)
     with held(folder) if runtime.is_main else nullcontext():
+        config = as_begun(folder, config)
         claim(folder, config, resume, repair=runtime.is_main)
         runtime.barrier()
         if runtime.is_main:
@@ -93,7 +104,10 @@ def run_seed(config: RunConfig, folder: Path, runtime: Runtime, resume: bool) ->
                 draw(plot_run, result, folder / "plots")  # it was stopped there
             return
         with run_log(folder, runtime.is_main), StopSignal() as stop:
-            SeedRun(config, folder, runtime, stop).run()
+            run = SeedRun(config, folder, runtime, stop)
+            if runtime.is_main:
+                write_json(folder / "config.json", run.config.saved())  # "auto" is settled
+            run.run()
 
 
 class SeedRun(Observer):
@@ -103,9 +117,10 @@ class SeedRun(Observer):
     AGREE_EVERY = 20  # steps between agreements of several processes on saving and stopping
 
     def __init__(self, config: RunConfig, folder: Path, runtime: Runtime, stop: StopSignal):
-        self.config, self.folder, self.runtime, self.stop = config, folder, runtime, stop
+        self.folder, self.runtime, self.stop = folder, runtime, stop
         runtime.begin_run()
-        self.manager = load_data(config)
+        self.manager = load_data(config, runtime.device)
+        self.config = config = config.settled(self.manager.augment_on)
         self.record = Record.empty(len(self.manager), self.manager.data.num_classes)
         self.checkpoint = folder / "checkpoint" / "last.pt"
         self.started = self.saved_at = time.perf_counter()

@@ -8,7 +8,7 @@ on its version and on the box). What differs are the random numbers: a counter p
 Letters: B images, H and W their height and width, s the output size.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -207,6 +207,15 @@ BATCHED: dict[str, Batched] = {
     "pad4_crop_flip": Batched(pad_and_crop(lambda s: 4), flip=True),
     "pad4_crop_flip_colour": Batched(pad_and_crop(lambda s: 4), flip=True, colour=True),
 }
+
+
+ROOM = 0.25  # share of a card's memory that a data set may take unasked
+
+
+def has_room(halves: Sequence[np.ndarray], device: torch.device) -> bool:
+    """Whether a card has room for a data set beside a network. By the whole memory, not by what is free: every process
+    of a run, and a run that goes on, find the same."""
+    return sum(images.nbytes for images in halves) <= ROOM * torch.cuda.get_device_properties(device).total_memory
 
 
 class Resident:

@@ -10,9 +10,10 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 import numpy as np
+import torch
 
 from data import sources
-from data.batched import Resident
+from data.batched import BATCHED, Resident, has_room
 from data.faults import protocol_faults, transform_faults, validation_faults
 from data.image_cache import cached
 from data.layouts import Options
@@ -157,10 +158,11 @@ class Task(TaskInfo):
 class DataManager(Sequence[Task]):
     """The tasks of a config, in order; made once.
 
+    device: where a run will take place, for "augment_on": "auto"; default: images are made on the host.
     Raises ConfigError when protocol and data do not fit, DataError when the data are missing or damaged.
     """
 
-    def __init__(self, config: RunConfig, image_size: int):
+    def __init__(self, config: RunConfig, image_size: int, device: torch.device | None = None):
         folder = cache_root(config.cache_root)
         options = Options(config.split, config.strict_data, cache=folder)
         self.data: ImageData = sources.load(config.dataset, config.data_root, options)
@@ -186,10 +188,11 @@ class DataManager(Sequence[Task]):
         self.task_sizes = [classes] * domains if domains else _sizes(config, classes)
         to_new = label_map(self.class_order)
         self._splits: dict[Mode, Split] = {"train": self.data.train, "test": self.data.test}
+        self.augment_on = config.augment_on if config.augment_on != "auto" else self._place(device)
         self._residents = {
             half: Resident(split.images)
             for half, split in self._splits.items()
-            if config.augment_on == "device" and isinstance(split.images, np.ndarray)
+            if self.augment_on == "device" and isinstance(split.images, np.ndarray)
         }
         self._labels = {half: to_new[split.labels] for half, split in self._splits.items()}
         held_out = _held_out(self.data.train, config.validation, config.seeds[0])
@@ -202,6 +205,14 @@ class DataManager(Sequence[Task]):
 
     def __getitem__(self, index):  # type: ignore[override]
         return self._tasks[index]
+
+    def _place(self, device: torch.device | None) -> Literal["host", "device"]:
+        """What "augment_on": "auto" means on a device."""
+        halves = [split.images for split in self._splits.values() if isinstance(split.images, np.ndarray)]
+        if device is None or device.type != "cuda" or len(halves) < len(self._splits):
+            return "host"
+        have_form = all(transform.name in BATCHED for transform in self._transforms.values())
+        return "device" if have_form and has_room(halves, device) else "host"
 
     @property
     def class_names(self) -> list[str]:

@@ -118,10 +118,11 @@ class RunConfig(BaseModel):
     image_size: Annotated[int, Field(ge=1, le=8192)] | None = key(
         None, "pixels a side; default: the input size of the backbone"
     )
-    augment_on: Literal["host", "device"] = key(
-        "host",
+    augment_on: Literal["auto", "host", "device"] = key(
+        "auto",
         '"device": data sets in one array stay on the device and are cropped there, batch by batch: same '
-        "distribution, other random numbers",
+        'distribution, other random numbers; auto: on CUDA, where recipes and memory allow it, else "host"; settled '
+        "when a run begins, and kept wherever it goes on",
     )
     test_transform: str = key("none", "recipe for test images and statistics")
     normalize: Literal["none", "half", "imagenet", "cifar", "cifar10", "tinyimagenet", "model"] = key(
@@ -237,15 +238,24 @@ class RunConfig(BaseModel):
         """Names of the transforms of training and of test images."""
         return {"train": self.test_transform, "test": self.test_transform}
 
+    def settled(self, augment_on: str) -> "RunConfig":
+        """With what "auto" turned out to mean in a run; no key that the user named."""
+        if self.augment_on != "auto":
+            return self
+        config = self.model_copy(update={"augment_on": augment_on})
+        config._written = self._written - {"augment_on"}
+        return config
+
     def same_run(self, other: Mapping[str, Any]) -> list[str]:
-        """Keys, machine keys apart, in which this config differs from a saved one (as `config.json` holds it)."""
-        mine = self.model_dump(mode="json")
-        keys = sorted((set(mine) | set(other)) - MACHINE_KEYS - {WRITTEN})
+        """Keys, machine keys apart, in which this config differs from a saved one (as `config.json` holds it). What
+        "auto" became there is not asked."""
+        mine, settled = self.model_dump(mode="json"), set() if self.names("augment_on") else {"augment_on"}
+        keys = sorted((set(mine) | set(other)) - MACHINE_KEYS - {WRITTEN} - settled)
         return [key for key in keys if mine.get(key) != other.get(key)]
 
     def fingerprint(self) -> str:
         """16 hexadecimal digits of what makes a run this run: every key but those of the machine."""
-        values = self.model_dump(mode="json")
+        values = self.model_dump(mode="json") | ({} if self.names("augment_on") else {"augment_on": "auto"})
         text = json.dumps({name: values[name] for name in sorted(set(values) - MACHINE_KEYS)})
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 

@@ -131,6 +131,13 @@ def claim(folder: Path, config: RunConfig, resume: bool, repair: bool = True) ->
         )
 
 
+def as_begun(folder: Path, config: RunConfig) -> RunConfig:
+    """With what "auto" meant when the run in this folder began, so that it goes on as it was on another machine."""
+    saved, _ = _saved_config(folder)
+    begun = None if saved is None else saved.get("augment_on")
+    return config.settled(begun) if begun in ("host", "device") else config
+
+
 def refuse_foreign(folder: Path) -> None:
     """Raises UserError where a folder holds what no run writes, or where one of our names is taken by another kind."""
     if folder.exists() and not folder.is_dir():

@@ -101,11 +101,13 @@ class Runtime:
             self.on_safe_point()
 
     def workers(self, cheap: bool) -> int:
-        """Loader processes; cheap: batches are copies from memory, which no process speeds up."""
+        """Loader processes: as many as the cores of the job allow, shared among the training processes of a machine
+        (8 feed about 1,200 JPEGs of 224 pixels a second, half of what a ViT-B/16 takes). cheap: batches are copies from
+        memory, which no process speeds up."""
         if self._num_workers is not None:
             return self._num_workers
         local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # processes that share this machine's cores
-        return 0 if cheap or os.name == "nt" else max(1, min(8, available_cpus() // local))
+        return 0 if cheap or os.name == "nt" else max(1, available_cpus() // local)
 
     def prefetch(self, batch_bytes: int, workers: int) -> int:
         """Batches that each loader process keeps ready: 4, fewer where they would fill a sixteenth of the memory."""

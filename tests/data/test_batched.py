@@ -1,6 +1,8 @@
 """A batch cropped on the device: each image as the host's recipe makes it, boxes distributed as torchvision's."""
 
+import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,13 +11,15 @@ from PIL import Image
 from scipy.stats import chi2, ks_2samp
 from torchvision.transforms import v2
 
+import main
+import trainer
 from data.batched import BATCHED, DRAWS, Batched, Resident, apply, random_boxes, resize_and_crop, uniforms
 from data.loading import EpochLoader, for_each_batch
 from data.stream import DataManager
 from data.transforms import RECIPES, Transform
 from models.factory import config_from
 from tests.conftest import tiny_values
-from utils.errors import ConfigError
+from utils.errors import ConfigError, Interrupted
 from utils.runtime import Runtime
 from utils.seed import mix, mix_rows
 
@@ -156,6 +160,63 @@ def test_the_array_is_placed_once():
     images = pictures(5, 8, 8).numpy()
     resident = Resident(images)
     assert resident.on(torch.device("cpu")) is resident.on(torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("device", "memory", "keys", "where"),
+    [
+        ("cuda", 2**30, {}, "device"),
+        ("cuda", 2**30, {"augment_on": "host"}, "host"),
+        ("cuda", 1000, {}, "host"),  # no room
+        ("cpu", 2**30, {}, "host"),
+        ("cuda", 2**30, {"files": True}, "host"),
+    ],
+)
+def test_auto_is_the_device_where_it_has_room(device, memory, keys, where, tmp_path, monkeypatch):
+    from tests.data import trees
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=memory))
+    values = tiny_values(tmp_path, train_transform="crop_flip", **{k: v for k, v in keys.items() if k != "files"})
+    if "files" in keys:
+        trees.split_folders(tmp_path / "mine", ["a", "b"])
+        values["dataset"] = f"folder:{tmp_path / 'mine'}"
+    found = DataManager(config_from(values, source="test"), 24, torch.device(device))
+    assert found.augment_on == where and found[0].train.view("train").on_device == (where == "device")
+
+
+def test_a_run_goes_on_where_its_images_were_made(tmp_path, monkeypatch):
+    """Begun on a machine where "auto" is the device, stopped, resumed where it would be the host."""
+    values = tiny_values(tmp_path, train_transform="crop_flip", epochs=2)
+    path = tmp_path / "run.json"
+    path.write_text(json.dumps(values))
+
+    def run(name, *arguments, place):
+        with monkeypatch.context() as patch:
+            patch.setattr(DataManager, "_place", lambda self, device: place)
+            status = main.main(["--config", str(path), "--output", str(tmp_path / name), *arguments])
+        return status, tmp_path / name / "seed1993"
+
+    status, whole = run("whole", place="device")
+    assert status == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.SeedRun, "_evaluate", stop_in_second_task(trainer.SeedRun._evaluate))
+        assert run("cut", place="device")[0] == 3
+    status, cut = run("cut", "--resume", place="host")
+    assert status == 0
+    results = [json.loads((folder / "result.json").read_text()) for folder in (whole, cut)]
+    assert [result["config"]["augment_on"] for result in results] == ["device", "device"]
+    losses = [[json.loads(line)["loss"] for line in (folder / "epochs.jsonl").read_text().splitlines()]
+              for folder in (whole, cut)]  # fmt: skip
+    assert losses[0] == losses[1] and results[0]["acc"] == results[1]["acc"]
+
+
+def stop_in_second_task(evaluate):
+    def stopping(self, task):
+        if task.index == 1:
+            raise Interrupted("SIGTERM")
+        evaluate(self, task)
+
+    return stopping
 
 
 @pytest.mark.gpu

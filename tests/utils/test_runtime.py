@@ -23,7 +23,7 @@ def run():
 
 
 def test_workers_follow_the_cores_that_the_process_may_use(run, monkeypatch):
-    for cores, processes, expected in ((2, 1, 2), (64, 1, 8), (16, 4, 4), (2, 4, 1)):
+    for cores, processes, expected in ((2, 1, 2), (64, 1, 64), (16, 4, 4), (2, 4, 1)):
         monkeypatch.setattr(runtime, "available_cpus", lambda cores=cores: cores)
         monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
         assert run.workers(cheap=False) == expected
