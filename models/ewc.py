@@ -51,13 +51,28 @@ class Springs:
         self.fisher: dict[str, Tensor] = {}
         self.anchor: dict[str, Tensor] = {}
 
+    @torch.no_grad()
     def penalty(self, parameters: Mapping[str, Tensor]) -> Tensor:
-        """sum_j F_j (theta_j - theta*_j)^2."""
-        terms = []
+        """sum_j F_j (theta_j - theta*_j)^2, without a gradient: see `pull`."""
+        fisher, moved = list(self.fisher.values()), self._moved(parameters)
+        energies = torch._foreach_mul(torch._foreach_mul(fisher, moved), moved)
+        return torch.stack(torch._foreach_norm(energies, 1)).sum()  # none is negative
+
+    @torch.no_grad()
+    def pull(self, parameters: Mapping[str, Tensor], factor: float) -> None:
+        """Add the gradient of factor * penalty: a few kernels over all weights, where autograd takes ten a tensor."""
+        grads = []
         for name, fisher in self.fisher.items():
-            moved = _rows(parameters[name], fisher) - self.anchor[name]
-            terms.append((fisher * moved.square()).sum())
-        return torch.stack(terms).sum()
+            if (weight := parameters[name]).grad is None:  # the loss does not reach it, its spring does
+                weight.grad = torch.zeros_like(weight)
+            assert weight.grad is not None
+            grads.append(_rows(weight.grad, fisher))
+        torch._foreach_addcmul_(grads, list(self.fisher.values()), self._moved(parameters), value=2 * factor)
+
+    def _moved(self, parameters: Mapping[str, Tensor]) -> list[Tensor]:
+        """theta - theta*, by parameter."""
+        now = [_rows(parameters[name], fisher) for name, fisher in self.fisher.items()]
+        return list(torch._foreach_sub(now, [self.anchor[name] for name in self.fisher]))
 
     def update(self, fisher: Mapping[str, Tensor], parameters: Mapping[str, Tensor], keep: float, add: float) -> None:
         """F <- keep F_old + add F_new where there is an old one, F_new elsewhere; theta* the weights now."""
@@ -135,9 +150,11 @@ class EWC(Learner):
     def loss(self, net: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
         online, logits = self.config.fisher == "online", net(inputs)
         loss = F.cross_entropy(logits, targets) if online else slice_cross_entropy(logits, targets, self.task.classes)
-        if not self.springs:
-            return loss
-        return loss + self.config.lamda * (1.0 if online else 0.5) * self.springs.penalty(self._moved())
+        return loss + self._stiffness * self.springs.penalty(self._moved()) if self.springs else loss
+
+    def after_backward(self) -> None:
+        if self.springs:
+            self.springs.pull(self._moved(), self._stiffness)
 
     def after_task(self, task: Task) -> None:
         self.eval()
@@ -150,6 +167,10 @@ class EWC(Learner):
 
     def landscape(self) -> Varied:
         return over_seen_classes(self)
+
+    @property
+    def _stiffness(self) -> float:
+        return self.config.lamda * (1.0 if self.config.fisher == "online" else 0.5)
 
     def _moved(self) -> dict[str, nn.Parameter]:
         return {name: p for name, p in self.network.named_parameters() if p.requires_grad}

@@ -114,7 +114,8 @@ class SAM(Optimizer):
         if not parameters:
             return gradient_of()
         ascent = [p.grad for p in parameters]
-        start = [p.clone() for p in parameters]
+        start = [torch.empty_like(p) for p in parameters]
+        torch._foreach_copy_(start, parameters)
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(ascent)))
         torch._foreach_add_(parameters, torch._foreach_mul(ascent, self.rho / (norm + 1e-16)))
         loss = gradient_of()
@@ -135,9 +136,9 @@ class SAM(Optimizer):
         momenta = [self.state[p].get("momentum_buffer") for p in parameters]
         down = torch._foreach_neg(moved) if any(m is None for m in momenta) else momenta
         factors = damping_factors(_pieces(down, stacked), _pieces(ascent, stacked), self.damping)
-        torch._foreach_mul_(_pieces(moved, stacked), list(factors))
+        shortened = scaled(_pieces(moved, stacked), factors)
         torch._foreach_copy_(parameters, start)
-        torch._foreach_add_(parameters, moved)
+        torch._foreach_add_(_pieces(parameters, stacked), shortened)
 
 
 def damping_factors(down: list[Tensor], ascent: list[Tensor], damping: float) -> Tensor:
@@ -148,12 +149,26 @@ def damping_factors(down: list[Tensor], ascent: list[Tensor], damping: float) ->
     sizes = [torch.stack(torch._foreach_norm(vectors)) for vectors in (down, ascent)]
     smallest = torch.finfo(sizes[0].dtype).tiny
     units = [
-        torch._foreach_div(vectors, list(size.clamp(min=smallest)))
+        scaled(vectors, size.clamp(min=smallest).reciprocal())
         for vectors, size in zip((down, ascent), sizes, strict=True)
     ]
     gap = torch.stack(torch._foreach_norm(torch._foreach_sub(*units))).square() / 2  # 1 - c
     gap = torch.where((sizes[0] > 0) & (sizes[1] > 0), gap, torch.ones_like(gap))
     return (-damping * torch.expm1(-gap)).clamp(max=1)
+
+
+def scaled(vectors: Sequence[Tensor], factors: Tensor) -> list[Tensor]:
+    """Each vector times its own of factors (P,), which stay on the device. Those of one shape go together: CUDA takes a
+    kernel for each of a list of factors, some 450 a step of a ViT-B."""
+    shapes: dict[torch.Size, list[int]] = {}
+    for row, vector in enumerate(vectors):
+        shapes.setdefault(vector.shape, []).append(row)
+    found, each = list(vectors), factors.unbind()
+    for shape, rows in shapes.items():
+        k = torch.stack([each[row] for row in rows]).view(-1, *[1] * len(shape))
+        for row, vector in zip(rows, torch.stack([vectors[row] for row in rows]).mul_(k).unbind(), strict=True):
+            found[row] = vector
+    return found
 
 
 def _pieces(tensors: Iterable[Tensor], stacked: Sequence[bool]) -> list[Tensor]:

@@ -49,6 +49,8 @@ def test_online_form_of_the_reference():
             loss = ce + float(arrays["e_lambda"]) * springs.penalty(parameters) if task else ce
             optimizer.zero_grad()
             loss.backward()
+            if task:
+                springs.pull(parameters, float(arrays["e_lambda"]))
             optimizer.step()
             np.testing.assert_allclose(ce.item(), arrays[f"{task}/losses"][step], atol=2e-6)
             flat = torch.cat([p.detach().flatten() for p in parameters.values()])
@@ -107,6 +109,10 @@ def test_springs_by_hand():
     springs.update({"rows": torch.tensor([[4.0], [8.0]]), "scale": torch.tensor(1.0)}, weights, keep=0.0, add=1.0)
     grown = {"rows": torch.tensor([[2.0], [2.0], [9.0]]), "scale": torch.tensor(5.0)}
     assert springs.penalty(grown) == 4 * 1 + 8 * 0 + 1 * 4
+    leaves = {name: value.clone().requires_grad_() for name, value in grown.items()}
+    (3 * leaves["rows"]).sum().backward()  # the other one has no gradient yet
+    springs.pull(leaves, factor=0.5)
+    assert leaves["rows"].grad.tolist() == [[3 + 4.0], [3.0], [3.0]] and leaves["scale"].grad == 2.0
     new = {"rows": torch.tensor([[2.0], [2.0], [2.0]]), "scale": torch.tensor(5.0)}
     springs.update(new, grown, keep=0.75, add=0.25)
     torch.testing.assert_close(springs.fisher["rows"], torch.tensor([[3.5], [6.5], [2.0]]))
