@@ -13,13 +13,15 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.bare import bare_step, work
 from data.loading import Batch, EpochLoader
@@ -30,9 +32,9 @@ from models.parts.loop import Observer, learn
 from utils.config import TrainConfig
 from utils.runtime import Runtime, available_cpus
 
-CLASSES, STEPS, TIMED = 4, 12, 8  # of a task: classes, steps, steps that are timed
+CLASSES, PER_EPOCH, EPOCHS = 4, 8, 2
+WARM, TIMED = 4, 8  # steps before those that are timed, and those
 SMALL = {"name": "vit_tiny_patch16_224", "depth": 2, "img_size": 32, "patch_size": 8}
-PRECISIONS = ("fp32", "tf32", "bf16", "compiled")
 
 
 class Clock:
@@ -58,73 +60,81 @@ class Clock:
 
 
 class Watch(Observer):
-    """Times the steps of the first stage of a task, and counts the kernels and the arithmetic of a bare one before."""
+    """The first stage of a task: a bare step before it, then time, arithmetic and kernels of its steps, each in steps
+    of its own."""
 
     def __init__(self, learner: Learner, images: torch.Tensor):
-        self.learner, self.images, self.clock = learner, images, Clock(learner.runtime.device)
+        self.learner, self.images = learner, images
+        self.device = learner.runtime.device
+        self.clock, self.recorder = Clock(self.device), Recorder(self.device)
         self.bare: dict[str, float] = {}
-        self.kernels: float | None = None
-        self.stage, self._profile = 0, None
-
-    def stage_started(self, number: int) -> None:
-        self.stage = number
-        if number == 0:
-            self.learner.train()
-            step = bare_step(self.learner, self.images)
-            self.bare = {"ms": milliseconds(step, self.clock.device), "kernels": launches(step, self.clock.device)}
-            self.bare["flops"] = work(step)
-            self.learner.eval()
-
-    def epoch_started(self, batches: int, done: int) -> None:
-        if self.stage == 0:
-            self.clock.mark()
-
-    def step_done(self, fit: Any) -> None:
-        if self.stage == 0:
-            self.clock.mark()
-
-    @property
-    def ms(self) -> float:
-        return statistics.median(self.clock.milliseconds()[-TIMED:])
-
-
-class Profiled(Observer):
-    """Kernels of the last steps of the first stage."""
-
-    def __init__(self, steps: int):
-        self.steps, self.done, self.kernels = steps, 0, 0.0
-        self._profile: Any = None
+        self.active, self.done = False, 0
 
     def stage_started(self, number: int) -> None:
         self.active = number == 0
+        if self.active:
+            self.learner.train()
+            step = bare_step(self.learner, self.images)
+            self.bare = {"ms": milliseconds(step, self.device), "flops": work(step)}
+            with self.recorder.profiled():
+                step()
+            self.bare["kernels"] = self.recorder.kernels
+            self.learner.eval()
 
     def step_done(self, fit: Any) -> None:
         if not self.active:
             return
         self.done += 1
-        if self.done == self.steps - 3:
-            self._profile = profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA])
-            self._profile.__enter__()
-        elif self.done == self.steps - 1:
-            torch.cuda.synchronize()
-            self._profile.__exit__(None, None, None)
-            self.kernels = kernels_of(self._profile) / 2
+        if WARM <= self.done <= WARM + TIMED:
+            self.clock.mark()
+        if self.done == WARM + TIMED:
+            self.recorder.count()
+        elif self.done == WARM + TIMED + 1:
+            self.recorder.profile()
+        elif self.done == WARM + TIMED + 2:
+            self.recorder.close()
+
+    @property
+    def ms(self) -> float:
+        return statistics.median(self.clock.milliseconds())
+
+
+class Recorder:
+    """Arithmetic of one step, then kernels of the next, between two calls of an observer."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.flops, self.kernels = device, 0.0, 0.0
+        self._flops: Any = None
+        self._profile: Any = None
+
+    def count(self) -> None:
+        self._flops = FlopCounterMode(display=False)
+        self._flops.__enter__()
+
+    def profile(self) -> None:
+        self._flops.__exit__(None, None, None)
+        self.flops = self._flops.get_total_flops()
+        self._profile = self.profiled()
+        self._profile.__enter__()
+
+    def close(self) -> None:
+        self._profile.__exit__(None, None, None)
+
+    @contextmanager
+    def profiled(self) -> Iterator[None]:
+        """Counts the kernels of what is done inside; 0 on a CPU."""
+        if self.device.type != "cuda":
+            yield
+            return
+        with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as recorded:
+            yield
+            torch.cuda.synchronize(self.device)
+        self.kernels = kernels_of(recorded)
 
 
 def kernels_of(recorded: Any) -> int:
     """Kernels, copies and fills that ran on the device."""
     return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in recorded.events())
-
-
-def launches(step: Callable[[], Any], device: torch.device) -> float:
-    """Kernels of one step; 0 on a CPU."""
-    if device.type != "cuda":
-        return 0
-    step()
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as recorded:
-        step()
-        torch.cuda.synchronize(device)
-    return kernels_of(recorded)
 
 
 def milliseconds(step: Callable[[], Any], device: torch.device, times: int = TIMED) -> float:
@@ -153,7 +163,7 @@ class Bench:
         self.device, self.small = device, small
         self.batch, self.size = (8, 32) if small else (64, 224)
         self.backbone: Any = SMALL if small else {"name": "vit_base_patch16_224"}
-        count = STEPS // 2 * self.batch
+        count = PER_EPOCH * self.batch
         rng = np.random.RandomState(0)
         pixels = rng.randint(0, 256, (2 * count, self.size, self.size, 3), dtype=np.uint8)
         labels = np.repeat(np.arange(2 * CLASSES), count // CLASSES)
@@ -167,7 +177,7 @@ class Bench:
             "weights": "random", "normalize": "half", "device": self.device, "augment_on": "device",
         } | learner.example  # fmt: skip
         if issubclass(learner.Config, TrainConfig):
-            values |= {"batch_size": self.batch, "epochs": 2, "train_transform": "crop_flip"}
+            values |= {"batch_size": self.batch, "epochs": EPOCHS, "train_transform": "crop_flip"}
         if "networks" in learner.Config.model_fields:
             values |= {"networks": [self.backbone, None]}
         return config_from(values | keys, "benchmark")
@@ -185,31 +195,18 @@ class Bench:
         view = manager[0].train.view("train")
         rows = Batch(np.arange(self.batch))
         images, _ = learner.runtime.to_device(*view.fetch_on(rows, learner.runtime.device))
-        watched: list[Watch] = []
+        watch: Watch | None = None
         for task in manager[:2]:
-            watched.append(Watch(learner, images))
-            learn(learner, task, watched[-1])
-        trained = [one for one in watched if one.bare]
-        if not trained:
+            one = Watch(learner, images)
+            learn(learner, task, one)
+            watch = one if one.bare else watch
+        if watch is None:
             return None
-        last, ms = trained[-1], trained[-1].ms
-        memory = learner.runtime.peak_memory_mib()
+        bare = {f"bare_{name}": value for name, value in watch.bare.items()}
         return {
-            "ms": ms, "bare_ms": last.bare["ms"], "images_per_second": 1e3 * self.batch / ms,
-            "kernels": self.kernels(name, len(trained) == 2, keys), "bare_kernels": last.bare["kernels"],
-            "bare_flops": last.bare["flops"], "memory_mib": memory,
-        }  # fmt: skip
-
-    def kernels(self, name: str, second: bool, keys: dict[str, Any]) -> float:
-        """Of a step, in a run of its own: a profiler takes time. second: whether the second task trains."""
-        if self.device == "cpu":
-            return 0
-        manager, learner = self.learner(self.config(name, **keys))
-        watch = Profiled(STEPS)
-        for task in manager[: 1 + second]:
-            watch = Profiled(STEPS)
-            learn(learner, task, watch)
-        return watch.kernels
+            "ms": watch.ms, "images_per_second": 1e3 * self.batch / watch.ms, "flops": watch.recorder.flops,
+            "kernels": watch.recorder.kernels, "memory_mib": learner.runtime.peak_memory_mib(),
+        } | bare  # fmt: skip
 
     def fed(self, where: str) -> float:
         """Images a second of an epoch that nothing trains on."""
@@ -230,11 +227,11 @@ class Bench:
 def table(found: dict[str, Any]) -> str:
     """Markdown."""
     lines = [
-        "| learner | ms a step | over bare | images/s | kernels | over bare | bare's share of peak | MiB |",
+        "| learner | ms a step | over bare | images/s | kernels | over bare | share of peak | MiB |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for name, row in found["learners"].items():
-        share = row["bare_flops"] / row["bare_ms"] * 1e3 / found["peak"][row["precision"]]
+        share = row["flops"] / row["ms"] * 1e3 / found["peak"][row["precision"]]
         kernels = f"{row['kernels'] / row['bare_kernels']:.2f}" if row["bare_kernels"] else "-"
         lines.append(
             f"| {name} | {row['ms']:.1f} | {row['ms'] / row['bare_ms']:.2f} | {row['images_per_second']:.0f} | "
@@ -244,27 +241,25 @@ def table(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def measure(bench: Bench, names: Sequence[str]) -> dict[str, Any]:
+def measure(bench: Bench, names: Sequence[str], kept: Path | None) -> dict[str, Any]:
+    """kept: written anew after each row, so that a stop loses one."""
     device = Runtime(bench.device).device
+    environment = Runtime.of(bench.config("finetune")).describe() | {"cores": available_cpus(), "batch": bench.batch}
     size = 256 if bench.small else 8192
     found: dict[str, Any] = {
+        "environment": environment | {"cuda": torch.version.cuda},
         "peak": {precision: peak(device, precision, size) for precision in ("fp32", "tf32", "bf16")},
+        "fed": {"device": bench.fed("device"), "host": bench.fed("host")},
         "learners": {},
-        "fed": {"device": bench.fed("device"), f"host, {available_cpus()} cores": bench.fed("host")},
     }
-    for precision in PRECISIONS:
-        keys = {"precision": "bf16", "compile": True} if precision == "compiled" else {"precision": precision}
-        row = bench.row("finetune", **keys)
-        assert row is not None
-        found["learners"][f"finetune, {precision}"] = row | {"precision": keys["precision"]}
-    for name in names:
-        if (row := bench.row(name, precision="bf16")) is not None:
-            found["learners"][name] = row | {"precision": "bf16"}
-            print(name, {key: round(value, 1) for key, value in row.items()}, flush=True)
-    config = bench.config("finetune")
-    found["environment"] = Runtime.of(config).describe() | {"cores": available_cpus(), "batch": bench.batch}
-    if device.type == "cuda":
-        found["environment"]["cuda"] = torch.version.cuda
+    rows = [(name, name, {"precision": "bf16"}) for name in names]
+    rows += [(f"finetune, {precision}", "finetune", {"precision": precision}) for precision in ("fp32", "tf32")]
+    rows += [("finetune, compiled", "finetune", {"precision": "bf16", "compile": True})]
+    for title, name, keys in rows:
+        if (row := bench.row(name, **keys)) is not None:
+            found["learners"][title] = row | {"precision": keys["precision"]}
+        if kept is not None:
+            kept.write_text(json.dumps(found, indent=1))
     return found
 
 
@@ -273,13 +268,13 @@ def main() -> None:
     parser.add_argument("learners", nargs="*", metavar="LEARNER", help="default: all")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--small", action="store_true")
-    parser.add_argument("--json", type=Path, help="also write the figures here")
+    parser.add_argument("--json", type=Path, help="also keep the figures here, row by row")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        found = measure(Bench(Path(folder), options.device, options.small), options.learners or list(LEARNERS))
+        found = measure(
+            Bench(Path(folder), options.device, options.small), options.learners or list(LEARNERS), options.json
+        )
     print(table(found))
-    if options.json is not None:
-        options.json.write_text(json.dumps(found, indent=1))
 
 
 if __name__ == "__main__":
