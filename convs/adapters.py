@@ -91,11 +91,15 @@ class BranchedAdapter(nn.Module):
 
     def _apply_each(self, tokens: Tensor, down_w: Tensor, down_b: Tensor, up_w: Tensor, up_b: Tensor) -> Tensor:
         """(k, B, N, D) -> (k, B, N, D) by k stacked adapters."""
+        # The scale goes into the weights: no pass over (k, B, N, D) for it.
+        return self.through(tokens, (down_w, down_b, self.scale * up_w, self.scale * up_b))
+
+    def through(self, tokens: Tensor, weights: Sequence[Tensor]) -> Tensor:
+        """(k, B, N, D) -> (k, B, N, D) by k adapters whose weights are given, with the scale in the last two."""
+        down_w, down_b, up_w, up_b = weights
         hidden = torch.baddbmm(down_b[:, None], tokens.flatten(1, 2), down_w.mT).relu()  # (k, B N, b)
         hidden = self.dropout(hidden.unflatten(1, tokens.shape[1:3])).flatten(1, 2)
-        # The scale goes into the weights: no pass over (k, B, N, D) for it.
-        out = torch.baddbmm(self.scale * up_b[:, None], hidden, self.scale * up_w.mT)
-        return out.view(tokens.shape)
+        return torch.baddbmm(up_b[:, None], hidden, up_w.mT).view(tokens.shape)
 
     def amalgam(self, kind: Amalgam, outputs: Sequence[Tensor], tokens: Tensor, alpha: Tensor) -> Tensor:
         """The amalgam's output (B, N, D) with weights alpha (K,).
@@ -238,14 +242,17 @@ class ReplicaNetwork(AdapterNetwork):
         frozen, branches = blocks[0].adapter.frozen, blocks[0].adapter.branches
         moving = branches - frozen + (self.amalgam != "none")  # replicas with a gradient
         still = fixed = x = prefix.tokens.new_empty(0)
+        with torch.no_grad():
+            of_frozen = ready(blocks, 0, frozen)
+        of_moving = ready(blocks, frozen, branches)
         for number, (block, alpha) in enumerate(zip(blocks, self._mixtures(prefix.tokens), strict=True)):
             if frozen:
                 with torch.no_grad():
                     entered = block.enter(still) if number else repeat(prefix, frozen)
-                    fixed = block.adapter.outputs(entered.tokens, 0, frozen)  # (frozen, B, N, D)
+                    fixed = block.adapter.through(entered.tokens, of_frozen[number])  # (frozen, B, N, D)
                     still = entered.passed + fixed
             entered = block.enter(x) if number else repeat(prefix, moving)  # (moving, B, N, D)
-            own = block.adapter.outputs(entered.tokens[: branches - frozen], frozen, branches)
+            own = block.adapter.through(entered.tokens[: branches - frozen], of_moving[number])
             if self.amalgam != "none":
                 mixed = block.adapter.amalgam(self.amalgam, [*fixed, *own], entered.tokens[-1], alpha)
                 own = torch.cat([own, mixed[None]])
@@ -259,6 +266,21 @@ class ReplicaNetwork(AdapterNetwork):
         shape = (len(self.blocks), adapter.branches)
         uniform = torch.rand(shape, device=like.device) if adapter.training else like.new_ones(shape)
         return (uniform / uniform.sum(dim=1, keepdim=True)).to(like.dtype)
+
+
+def ready(blocks: Sequence[AdaptedBlock], first: int, last: int) -> list[tuple[Tensor, ...]]:
+    """Weights of the branches first .. last-1 of each block as `BranchedAdapter.through` takes them. Scaled and cast for
+    all blocks together: one by one that is a dozen kernels a block, and as many on the way back."""
+    device = blocks[0].adapter.down_w.device.type
+    found = []
+    for name in ("down_w", "down_b", "up_w", "up_b"):
+        weights = torch.stack([getattr(block.adapter, name) for block in blocks])[:, first:last]  # (L, k, ...)
+        if name.startswith("up"):
+            weights = blocks[0].adapter.scale * weights
+        if torch.is_autocast_enabled(device):
+            weights = weights.to(torch.get_autocast_dtype(device))
+        found.append(weights.unbind())
+    return list(zip(*found, strict=True))
 
 
 def repeat(entered: Entered, count: int) -> Entered:
