@@ -20,6 +20,7 @@ from models.parts.costs import num_trainable, stored_bytes
 from models.parts.drift import noted, say
 from models.parts.evaluation import evaluate
 from models.parts.frozen_store import FrozenStore
+from models.parts.gradient import refuse_accumulation
 from models.parts.loop import FitState, Observer, Position, learn
 from models.parts.predictions import Predictions
 from models.parts.probe import probe
@@ -61,9 +62,14 @@ def load_data(config: RunConfig) -> DataManager:
 
 
 def seeded_learner(config: RunConfig, runtime: Runtime, task: TaskInfo, restoring: bool = False) -> Learner:
-    """A learner at the beginning of its stream, or built for `task` so that a state can be restored into it."""
+    """A learner at the beginning of its stream, or built for `task` so that a state can be restored into it.
+
+    Raises ConfigError for what the config cannot ask of the network.
+    """
     seed_everything(config.torch_seed)
-    return build_learner(config, runtime, task.info, restoring)
+    learner = build_learner(config, runtime, task.info, restoring)
+    refuse_accumulation(learner)
+    return learner
 
 
 def prepare(config: RunConfig, runtime: Runtime) -> tuple[DataManager, Learner]:
