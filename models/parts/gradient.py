@@ -50,6 +50,7 @@ class BatchGradient:
         self.optimizer.zero_grad(set_to_none=True)
         with frozen_statistics(self.norms if self._passes else ()):
             losses = [self._backward(number) for number in range(len(self._parts))]
+        self.learner.runtime.settle(self.net)
         self._passes += 1
         self.learner.after_backward()
         if self._clip is not None and self._passes == self._last:
