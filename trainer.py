@@ -116,6 +116,9 @@ class SeedRun(Observer):
         self.checkpoint = folder / "checkpoint" / "last.pt"
         self.started = self.saved_at = time.perf_counter()
         self.total_before = 0.0
+        if getattr(config, "accumulate", 1) > 1:  # what later networks refuse is said before the first is trained
+            for later in self.manager[1 : len(getattr(config, "networks", None) or ())]:
+                seeded_learner(config, runtime, later)
         self.learner = self._resumed() if self.checkpoint.is_file() else self._fresh()
         refuse_stream(self.learner, self.manager)
         report = self.learner.network.backbone.info.report

@@ -171,6 +171,17 @@ def test_batch_norm_in_parts_is_refused_before_the_run(arguments, tmp_path, caps
     assert not (tmp_path / "out" / "seed1993" / "epochs.jsonl").exists()
 
 
+def test_batch_norm_of_a_later_network_is_refused_before_the_first_is_trained(tmp_path, capsys):
+    networks = [{"name": "small_lenet", "image_size": 32}, {"name": "small_resnet18", "image_size": 32}]
+    stream = write_stream(tmp_path / "d.npz", domains=2, size=32)
+    keys = {"dataset": stream, "shuffle": False, "increment": None, "networks": networks, "accumulate": 2}
+    values = tiny_values(tmp_path, "hcl", backbone="small_lenet", image_size=32, **keys)
+    (tmp_path / "run.json").write_text(json.dumps(values))
+    assert main.main(["--config", str(tmp_path / "run.json"), "--output", str(tmp_path / "out")]) == 2
+    assert "hcl trains small_resnet18 with BatchNorm" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "seed1993" / "epochs.jsonl").exists()
+
+
 def test_a_run_in_parts_resumes_inside_an_epoch_and_names_both_keys(tmp_path, monkeypatch):
     import trainer
 
