@@ -21,6 +21,7 @@ from models.parts.costs import num_trainable, stored_bytes
 from models.parts.drift import noted, say
 from models.parts.evaluation import evaluate
 from models.parts.frozen_store import FrozenStore
+from models.parts.gradient import refuse_accumulation
 from models.parts.loop import FitState, Observer, Position, learn
 from models.parts.predictions import Predictions
 from models.parts.probe import probe
@@ -71,9 +72,14 @@ def load_data(config: RunConfig, device: torch.device | None = None) -> DataMana
 
 
 def seeded_learner(config: RunConfig, runtime: Runtime, task: TaskInfo, restoring: bool = False) -> Learner:
-    """A learner at the beginning of its stream, or built for `task` so that a state can be restored into it."""
+    """A learner at the beginning of its stream, or built for `task` so that a state can be restored into it.
+
+    Raises ConfigError for what the config cannot ask of the network.
+    """
     seed_everything(config.torch_seed)
-    return build_learner(config, runtime, task.info, restoring)
+    learner = build_learner(config, runtime, task.info, restoring)
+    refuse_accumulation(learner)
+    return learner
 
 
 def prepare(config: RunConfig, runtime: Runtime) -> tuple[DataManager, Learner]:
@@ -125,6 +131,9 @@ class SeedRun(Observer):
         self.checkpoint = folder / "checkpoint" / "last.pt"
         self.started = self.saved_at = time.perf_counter()
         self.total_before = 0.0
+        if getattr(config, "accumulate", 1) > 1:  # what later networks refuse is said before the first is trained
+            for later in self.manager[1 : len(getattr(config, "networks", None) or ())]:
+                seeded_learner(config, runtime, later)
         self.learner = self._resumed() if self.checkpoint.is_file() else self._fresh()
         refuse_stream(self.learner, self.manager)
         report = self.learner.network.backbone.info.report

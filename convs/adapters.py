@@ -232,12 +232,18 @@ class ReplicaNetwork(AdapterNetwork):
         super().__init__(backbone, head, normalize)
         self.amalgam = amalgam
 
-    def forward(self, inputs: Tensor | Entered) -> Tensor:
-        """Images (B, 3, s, s) -> (B, C), or a prefix of B images -> ((K + 1) B, C), replica after replica."""
-        return self.head(self.features(inputs) if isinstance(inputs, Tensor) else self.replica_features(inputs))
+    def forward(self, inputs: Tensor | Entered, mixtures: Tensor | None = None) -> Tensor:
+        """Images (B, 3, s, s) -> (B, C), or a prefix of B images -> ((K + 1) B, C), replica after replica.
 
-    def replica_features(self, prefix: Entered) -> Tensor:
+        mixtures (L, K): as `mixtures` gives them; default: drawn here.
+        """
+        if isinstance(inputs, Tensor):
+            return self.head(self.features(inputs))
+        return self.head(self.replica_features(inputs, mixtures))
+
+    def replica_features(self, prefix: Entered, mixtures: Tensor | None = None) -> Tensor:
         """Features of [branch 0 | ... | branch K-1 | amalgam], ((K + 1) B, D)."""
+        mixtures = self.mixtures(prefix) if mixtures is None else mixtures
         blocks = self.blocks
         frozen, branches = blocks[0].adapter.frozen, blocks[0].adapter.branches
         moving = branches - frozen + (self.amalgam != "none")  # replicas with a gradient
@@ -245,7 +251,7 @@ class ReplicaNetwork(AdapterNetwork):
         with torch.no_grad():
             of_frozen = ready(blocks, 0, frozen)
         of_moving = ready(blocks, frozen, branches)
-        for number, (block, alpha) in enumerate(zip(blocks, self._mixtures(prefix.tokens), strict=True)):
+        for number, (block, alpha) in enumerate(zip(blocks, mixtures, strict=True)):
             if frozen:
                 with torch.no_grad():
                     entered = block.enter(still) if number else repeat(prefix, frozen)
@@ -260,8 +266,12 @@ class ReplicaNetwork(AdapterNetwork):
         rows = torch.cat([still, x]) if frozen else x
         return self.backbone.pool(rows.flatten(0, 1))
 
+    def mixtures(self, prefix: Entered) -> Tensor:
+        """(L, K): alpha of each block, for a pass over a prefix or over all parts of one."""
+        return self._mixtures(prefix.tokens)
+
     def _mixtures(self, like: Tensor) -> Tensor:
-        """(L, K): alpha of each block. Evaluation is not random: the plain mean."""
+        """Evaluation is not random: the plain mean."""
         adapter = self.blocks[0].adapter
         shape = (len(self.blocks), adapter.branches)
         uniform = torch.rand(shape, device=like.device) if adapter.training else like.new_ones(shape)
@@ -269,8 +279,8 @@ class ReplicaNetwork(AdapterNetwork):
 
 
 def ready(blocks: Sequence[AdaptedBlock], first: int, last: int) -> list[tuple[Tensor, ...]]:
-    """Weights of the branches first .. last-1 of each block as `BranchedAdapter.through` takes them. Scaled and cast for
-    all blocks together: one by one that is a dozen kernels a block, and as many on the way back."""
+    """Weights of the branches first .. last-1 of each block as `BranchedAdapter.through` takes them. Scaled and cast
+    for all blocks together: one by one that is a dozen kernels a block, and as many on the way back."""
     device = blocks[0].adapter.down_w.device.type
     found = []
     for name in ("down_w", "down_b", "up_w", "up_b"):

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -14,11 +15,15 @@ def batch_norms(module: nn.Module) -> list[_BatchNorm]:
 
 @contextmanager
 def frozen_statistics(layers: Sequence[_BatchNorm]) -> Iterator[None]:
-    """Layers in training mode normalise by the batch as ever, and their running statistics stay as they are."""
-    for layer in layers:
-        layer.track_running_stats = not layer.training
+    """Layers in training mode normalise by the batch as ever, and their running statistics are at the end what they
+    were; backward passes belong inside. They are put back rather than left alone by a switch of the layer, which a
+    compiled network would be compiled for once more."""
+    moving = [layer for layer in layers if layer.training]
+    found = [b for m in moving for b in (m.running_mean, m.running_var, m.num_batches_tracked) if b is not None]
+    before = [buffer.clone() for buffer in found]
     try:
         yield
     finally:
-        for layer in layers:
-            layer.track_running_stats = True
+        with torch.no_grad():
+            for buffer, value in zip(found, before, strict=True):
+                buffer.copy_(value)

@@ -4,7 +4,7 @@ A learner is a module that answers a few hooks; the harness owns the loop, the l
 and checkpoints. Order in one task (`models/parts/loop.py: learn`):
 
     before_task -> stage* -> after_task,   then frozen and predict on the test images of all tasks seen
-    stage: [[prepare -> loss -> after_backward -> after_step]* -> after_epoch]* -> after_stage
+    stage: [[prepare -> (part -> loss)* -> after_backward -> after_step]* -> after_epoch]* -> after_stage
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,6 +19,7 @@ from convs.backbones import BackboneMaker
 from convs.network import Network
 from data.loading import View
 from data.stream import Task, TaskInfo
+from models.parts.gradient import rows_of
 from models.parts.optim import build_optimizer, build_scheduler, group
 from models.parts.stages import Progress, Stage, stage_of
 from models.parts.varied import Varied, Weights
@@ -114,11 +115,18 @@ class Learner(nn.Module):
         return optimizer, build_scheduler(self.stage, optimizer)
 
     def prepare(self, images: Tensor, targets: Tensor) -> tuple[Any, Any]:
-        """Once a batch, before `loss`, which may run twice on it: what need not be computed twice."""
+        """Once a batch, before `loss`, which may run twice on it, or on its parts: what need not be computed twice, and
+        what is drawn once."""
         return images, targets
 
+    def part(self, inputs: Any, targets: Any, rows: slice) -> tuple[Any, Any]:
+        """With "accumulate", what `loss` gets of those rows of a batch. Default: of every tensor with as many rows as
+        `targets` those, and all the rest of what `prepare` gave, which then counts in each part as in the batch."""
+        count = len(targets)
+        return rows_of(inputs, rows, count), rows_of(targets, rows, count)
+
     def loss(self, net: nn.Module, inputs: Any, targets: Any) -> Tensor:
-        """Mean loss over the batch, on the device. Changes no state.
+        """Mean loss over the batch, or over a part of it, on the device. Changes no state.
 
         net: the stage's module, maybe wrapped for several processes or compiled: call it, not `self.network`.
         inputs, targets: what `prepare` gave.
@@ -129,7 +137,8 @@ class Learner(nn.Module):
         )
 
     def after_backward(self) -> None:
-        """Gradients are there and may be changed, or dropped (None); twice a step with SAM."""
+        """Gradients of the whole batch are there and may be changed, or dropped (None); twice a step with SAM, once
+        with "accumulate"."""
 
     def after_step(self, images: Tensor, targets: Tensor) -> None:
         """Once a batch, after the optimiser's step: pixels in [0, 1] and labels of the batch."""

@@ -79,6 +79,11 @@ class DERpp(Learner):
         beta: Rate = key(0.5, "weight of the stored labels", only={"variant": "derpp"})
         full_head: bool = key(False, "a head of all classes of the stream, drawn as torch draws one, from the start")
 
+        def undivided(self) -> str | None:
+            if self.variant == "er":
+                return 'the mean of "er" is over images and draws together ("derpp" and "dark" have a mean for each)'
+            return super().undivided()
+
     streams = {"class", "domain"}
     example = {"memory_size": 12, "minibatch_size": 4}
     transient = {"_logits"}
@@ -88,7 +93,8 @@ class DERpp(Learner):
         head = partial(LinearHead, init="torch" if full else "kaiming")
         self.network = Network(make_backbone(), head, self.config.normalize)
         self.memory = LogitReservoir(self.config.memory_size, mix(self.config.seeds[0], 8))
-        self._logits: Tensor | None = None  # of this step's batch
+        self._logits: list[Tensor] | None = None  # of this step's batch, part by part
+        self._unanswered = 0  # images of it that have none yet
 
     def before_task(self, task: Task) -> None:
         self.network.head.grow(self.task.num_classes if self.config.full_head else task.total_classes)
@@ -99,16 +105,23 @@ class DERpp(Learner):
 
     def prepare(self, images: Tensor, targets: Tensor) -> tuple[tuple[Tensor, list[Drawn]], Tensor]:
         """The batch, without its images as they are (B, 6, s, s), and the draws."""
-        self._logits = None
+        self._logits, self._unanswered = [], len(images)
         draws = 2 if self.config.variant == "derpp" else 1
         drawn = [self._replayed(images.device) for _ in range(draws if len(self.memory) else 0)]
         return (images[:, :3], drawn), targets
 
+    def part(
+        self, inputs: tuple[Tensor, list[Drawn]], targets: Tensor, rows: slice
+    ) -> tuple[tuple[Tensor, list[Drawn]], Tensor]:
+        """Draws are read whole in every part: entries differ in how many columns they count by."""
+        return (inputs[0][rows], inputs[1]), targets[rows]
+
     def loss(self, net: nn.Module, inputs: tuple[Tensor, list[Drawn]], targets: Tensor) -> Tensor:
         images, drawn = inputs
         current, *replayed = self._answers(net, [images, *(entry[0] for entry in drawn)])
-        if self._logits is None:  # before any step of this batch
-            self._logits = current.detach()
+        if self._unanswered and self._logits is not None:  # the batch's first pass
+            self._logits.append(current.detach())
+            self._unanswered -= len(current)
         config, labels = self.config, [targets, *(entry[1] for entry in drawn)]
         if config.variant == "er":
             return F.cross_entropy(torch.cat([current, *replayed]), torch.cat(labels))
@@ -123,7 +136,7 @@ class DERpp(Learner):
         """The batch joins the reservoir, in every process the whole of it."""
         assert self._logits is not None
         stored = images[:, 3:].mul(255).round().to(torch.uint8)
-        shares = (self.runtime.gather_tensors(values) for values in (stored, targets, self._logits.float()))
+        shares = (self.runtime.gather_tensors(values) for values in (stored, targets, torch.cat(self._logits).float()))
         for share in zip(*shares, strict=True):
             self.memory.insert_all(*share)
 

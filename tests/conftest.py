@@ -1,10 +1,12 @@
 """What tests share: reference numbers, a tiny stream, a tiny learner."""
 
 import json
+import multiprocessing
 import os
+import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +117,37 @@ def in_processes(tmp_path: Path, values: dict[str, Any], counts: Sequence[int] =
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
         assert done.returncode == 0, done.stderr[-2000:]
     return [tmp_path / str(count) / "seed1993" for count in counts]
+
+
+def in_forks(tmp_path: Path, function: Callable[[Path], Any], count: int = 2) -> list[Any]:
+    """What a function gives in each of several forked processes over gloo; each has a folder of its own. Seconds less
+    than a launch, since nothing is imported again."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = multiprocessing.get_context("fork")
+
+    def process(rank: int, folder: Path) -> None:
+        os.environ |= {
+            "RANK": str(rank),
+            "WORLD_SIZE": str(count),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+        }
+        torch.save(function(folder), folder / "found.pt")
+        torch.distributed.destroy_process_group()
+
+    folders = [tmp_path / f"process{rank}" for rank in range(count)]
+    started = []
+    for rank, folder in enumerate(folders):
+        folder.mkdir()
+        started.append(context.Process(target=process, args=(rank, folder), daemon=True))
+        started[-1].start()
+    for child in started:
+        child.join(timeout=120)
+        child.kill()
+    assert [child.exitcode for child in started] == [0] * count
+    return [torch.load(folder / "found.pt") for folder in folders]
 
 
 def bare_backbone(model: torch.nn.Module, width: int) -> Backbone:

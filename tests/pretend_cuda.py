@@ -158,7 +158,9 @@ def _move(self, *args, **kwargs):
         elif args and kind == "device" and isinstance(args[0], str | torch.device | int):
             device = args.pop(0)
     late = bool(kwargs.pop("non_blocking", False) or (args and args[0]))
-    copy = kwargs.pop("copy", False)
+    copy, layout = kwargs.pop("copy", False), kwargs.pop("memory_format", torch.preserve_format)
+    if layout is not torch.preserve_format:  # a layout of one's own is a copy behind the move
+        return _move(self, device=device, dtype=dtype, copy=copy, non_blocking=late).contiguous(memory_format=layout)
     if isinstance(self, DeviceTensor) and device is not None and not _on_cuda(device):
         _recorder.note("async" if late else "d2h", "to")
         host = _Download.apply(self) if self.requires_grad else self.held.clone()

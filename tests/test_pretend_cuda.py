@@ -32,6 +32,7 @@ QDI = {"variant": "qdi", "synthetic_size": 4, "inversion_steps": 2}
 # Code of its own beside what the examples of the learners run through.
 VARIANTS = {
     "sam": ("finetune", {"sam": SAM, "optimizer": "sgd"}),
+    "clipped parts": ("finetune", {"accumulate": 2, "clip_norm": 0.1, "sam": SAM}),
     "on device": ("finetune", {"augment_on": "device", "train_transform": "crop_flip_bicubic_jitter"}),
     "colour on device": ("finetune", {"augment_on": "device", "train_transform": "pad4_crop_flip_colour"}),
     "light": ("slcapp", {"cov_storage": "low_rank", "lora_mlp": True}),

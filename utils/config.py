@@ -298,6 +298,13 @@ class TrainConfig(RunConfig):
         "sharpness-aware minimisation: two passes a step, the second at weights that a step of length rho "
         "uphill has reached; damping T shortens steps along the ascent (SAM+), 0 does not (SAM)",
     )
+    accumulate: Count = key(
+        1,
+        "parts in which a batch goes through the network, one step of the optimiser: the same gradient in less memory",
+    )
+    clip_norm: Positive | None = key(
+        None, "largest norm of the gradient over all weights that train: a longer one is scaled to it (SAM: the second)"
+    )
     compile: bool = key(False, "torch.compile the network in training")
     eval_every: Whole = key(0, "evaluate every so many epochs inside a task; 0: after each task only")
 
@@ -305,6 +312,18 @@ class TrainConfig(RunConfig):
         yield from super().faults()
         if self.scheduler == "multistep" and not self.milestones:
             yield "milestones", 'missing although "scheduler" is "multistep"'
+        if self.accumulate > self.batch_size:
+            yield "accumulate", f"is {self.accumulate}, more parts than a batch has images ({self.batch_size})"
+        if self.accumulate > 1 and (why := self.undivided()) is not None:
+            yield (
+                "accumulate",
+                f"is {self.accumulate}, but {self.model_name} needs the whole batch at once: {why}; use 1",
+            )
+
+    def undivided(self) -> str | None:
+        """Why the gradient of a batch is not the mean of its parts' gradients; None: it is. In words, for "accumulate"
+        above 1."""
+        return "a vote of the batch chooses its prompts, or its rows mix" if self.batch_dependent else None
 
     @property
     def recipes(self) -> dict[Literal["train", "test"], str]:

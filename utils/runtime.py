@@ -15,6 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from utils.config import RunConfig
 from utils.errors import UserError
+from utils.wrapping import WrappedNetwork, is_convolutional
 
 
 class Stopwatch:
@@ -129,19 +130,29 @@ class Runtime:
         return images.float().div_(255), targets.to(self.device, non_blocking=True)
 
     def wrap(self, network: nn.Module) -> nn.Module:
-        """The network as training calls it: compiled when asked for, under DDP when there are several processes.
+        """The network as training calls it: compiled when asked for, under DDP when there are several processes, in the
+        layout of its convolutions on CUDA; the network itself where nothing of this applies.
 
-        Wrapped anew for each task, since networks grow and freeze.
+        Wrapped anew for each stage, since networks grow and freeze.
+        Raises UserError for BatchNorm in several processes.
         """
-        if self.world > 1 and any(p.requires_grad for p in network.parameters()):
-            if any(isinstance(layer, _BatchNorm) for layer in network.modules()):
-                raise UserError(
-                    f"BatchNorm would see each batch in {self.world} parts, and train another network than in one "
-                    "process: run it in one process"
-                )
-            ids = [self.device] if self.device.type == "cuda" else None
-            network = nn.parallel.DistributedDataParallel(network, device_ids=ids, find_unused_parameters=True)
-        return torch.compile(network) if self._compile else network  # type: ignore[return-value]
+        shared = self.world > 1 and any(p.requires_grad for p in network.parameters())
+        if shared and any(isinstance(layer, _BatchNorm) for layer in network.modules()):
+            raise UserError(
+                f"BatchNorm would see each batch in {self.world} parts, and train another network than in one "
+                "process: run it in one process"
+            )
+        convolutional = self.device.type == "cuda" and is_convolutional(network)
+        if self.device.type == "cuda":
+            torch.backends.cudnn.benchmark = convolutional and not torch.are_deterministic_algorithms_enabled()
+        if not (shared or self._compile or convolutional):
+            return network
+        return WrappedNetwork(network, self.device, shared, self._compile, convolutional)
+
+    def settle(self, net: nn.Module) -> None:
+        """After the first backward pass through what `wrap` gave."""
+        if isinstance(net, WrappedNetwork):
+            net.settle(self.any)
 
     def reduce_sum(self, values: Tensor) -> Tensor:
         """Sum over all processes, in place."""

@@ -87,6 +87,13 @@ class MOS(Learner):
             if self.sam is not None and self.merge == "pass":
                 yield "sam", 'does not go with "merge": "pass", whose passes move the weights: drop one of the two'
 
+        def undivided(self) -> str | None:
+            if self.merge == "pass":
+                return 'every pass of "merge": "pass" moves the adapters'
+            if self.reg:
+                return 'its regulariser compares every image of a batch with every other ("reg": 0 leaves it out)'
+            return super().undivided()
+
         def alignment(self, task: TaskInfo, distance_mu: float = 0.0, scale: float = 1.0) -> AlignmentSettings:
             settings = super().alignment(task, distance_mu, scale)
             return replace(settings, samples=self.ca_samples or SAMPLED_BATCHES * self.batch_size)
@@ -128,7 +135,7 @@ class MOS(Learner):
     def loss(self, net: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
         logits, features = net(inputs)
         loss = slice_cross_entropy(logits, targets, self.task.classes)
-        return loss + self.config.reg * self._self_match(features)
+        return loss + self.config.reg * self._self_match(features) if self.config.reg else loss
 
     def _self_match(self, features: Tensor) -> Tensor:
         """The regulariser reads the whole batch, whose rows may lie in several processes. Each has the gradient of its

@@ -3,17 +3,16 @@
 import logging
 import time
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from convs.norms import batch_norms, frozen_statistics
 from data.loading import EpochLoader
 from data.stream import Task
 from models.parts.finite import LARGE, advice, refuse_loss, refuse_not_finite, refuse_singular
+from models.parts.gradient import BatchGradient, refuse_accumulation
 from models.parts.stages import Progress
 from models.parts.state import clear_transient
 from utils.seed import mix
@@ -150,35 +149,22 @@ def fit(
     assert stage is not None
     runtime, view = learner.runtime, learner.train_data(task)
     module: nn.Module = getattr(learner, stage.module)
-    net = runtime.wrap(module)
+    refuse_accumulation(learner)
     optimizer, scheduler = learner.make_optimizer()
+    gradient = BatchGradient(learner, module, optimizer)
     state = FitState(optimizer, scheduler, stage.epochs, torch.zeros((), device=runtime.device))
     if resume is not None:
         state.load_state_dict(resume)
-    seed = mix(learner.config.seeds[0], *_shuffle(task.index, number))
-    norms = batch_norms(module)
-    loader = EpochLoader(view, learner.config.batch_size, runtime, seed, stage.drop_last, joined=bool(norms))
-    passes = 0  # over the batch at work: SAM makes a second one, at weights that are not kept
-
-    def loss_and_grad(inputs: Any, targets: Any, weight: float) -> Tensor:
-        nonlocal passes
-        optimizer.zero_grad(set_to_none=True)
-        with runtime.autocast(), frozen_statistics(norms if passes else ()):
-            loss = learner.loss(net, inputs, targets)
-        passes += 1
-        (loss if weight == 1 else loss * weight).backward()
-        learner.after_backward()
-        return loss.detach() * weight
-
+    seed, joined = mix(learner.config.seeds[0], *_shuffle(task.index, number)), bool(gradient.norms)
+    loader = EpochLoader(view, learner.config.batch_size, runtime, seed, stage.drop_last, joined)
     while state.epoch < stage.epochs:
         learner.train()
         observer.epoch_started(len(loader), state.step)
         started = time.perf_counter() - state.seconds
         for images, targets, weight, size in loader.epoch(state.epoch, state.step):
             learner.progress = Progress(number, state.epoch, state.step)
-            inputs, labels = learner.prepare(images, targets)
-            passes = 0
-            loss = optimizer.step(partial(loss_and_grad, inputs, labels, weight))  # type: ignore[arg-type]
+            gradient.take(images, targets, weight)
+            loss = optimizer.step(gradient)  # type: ignore[arg-type]
             learner.after_step(images, targets)
             state.loss_sum += loss * size
             state.step, state.seen = state.step + 1, state.seen + size

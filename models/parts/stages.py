@@ -29,11 +29,13 @@ class Stage:
 
 @dataclass(frozen=True)
 class Progress:
-    """Where training stands: the stage's number, its epoch, the batches done in it; all from 0."""
+    """Where training stands: the stage's number, its epoch, the batches done in it, the part of a batch that a pass is
+    at ("accumulate"); all from 0."""
 
     stage: int = 0
     epoch: int = 0
     step: int = 0
+    part: int = 0
 
 
 def stage_of(config: TrainConfig, task: TaskInfo, name: str = "train", **changes: Any) -> Stage:

@@ -115,6 +115,7 @@ class RAA(Learner):
                     yield "freeze", 'would leave nothing to train with "branches": 1: use false or drop the key'
 
     streams = {"class", "domain"}
+    transient = {"_mixtures"}
     network: ReplicaNetwork
 
     def build(self, make_backbone: BackboneMaker) -> None:
@@ -125,6 +126,7 @@ class RAA(Learner):
         width = self.network.feature_dim
         self.gaussians = ClassGaussians(width, ridge=config.cov_ridge) if config.ca_epochs else None
         self.before = FeaturesBefore(width) if config.ca_epochs and config.shift else None
+        self._mixtures: Tensor | None = None  # alpha of the pass at work, (L, K)
 
     def train(self, mode: bool = True) -> "RAA":
         """The frozen network stays in evaluation mode; the adapters alone have a dropout, and draw mixtures."""
@@ -166,7 +168,8 @@ class RAA(Learner):
     def loss(self, net: nn.Module, inputs: Entered, targets: Tensor) -> Tensor:
         """Branches and amalgam, each a mean. Old heads get a zero gradient, not none: weight decay moves them."""
         config, classes = self.config, self.task.classes
-        cosines = net(inputs)[:, classes.start : classes.stop]  # ((K + 1) B, classes of the task)
+        drawn = () if config.accumulate == 1 else (self._pass_mixtures(inputs),)
+        cosines = net(inputs, *drawn)[:, classes.start : classes.stop]  # ((K + 1) B, classes of the task)
         rows = config.branches * len(targets)
         loss = config.loss_weight * self._penalty(cosines[:rows], targets.repeat(config.branches))
         return loss if config.amalgam == "none" else loss + self._penalty(cosines[rows:], targets)
@@ -213,6 +216,12 @@ class RAA(Learner):
 
     def _branch(self, index: int) -> dict[str, Weights]:
         return {name: Weights(p, index) for name, p in self.named_parameters() if ".adapter." in name}
+
+    def _pass_mixtures(self, inputs: Entered) -> Tensor:
+        """One draw a pass, for all parts of its batch."""
+        if self._mixtures is None or self.progress.part == 0:
+            self._mixtures = self.network.mixtures(inputs)
+        return self._mixtures
 
     def _penalty(self, cosines: Tensor, targets: Tensor) -> Tensor:
         config = self.config
