@@ -12,6 +12,7 @@ matrix between pairs of images is made.
 """
 
 import logging
+from collections.abc import Iterable
 from typing import Literal
 
 import torch
@@ -41,11 +42,15 @@ class ClassMetrics(Growing):
     def __len__(self) -> int:
         return len(self.centres)
 
-    def add(self, correlations: Tensor, means: Tensor, full_rank: bool) -> None:
-        """Classes by their R (c, D, D), positive definite if full_rank, and mu (c, D); computed in float64."""
-        roots = whitening if full_rank else pseudo_whitening
-        found = torch.stack([roots(one.double()) for one in correlations])
-        self.append(whitenings=found, centres=(found @ means.double()[..., None])[..., 0])
+    def add(self, correlations: Iterable[Tensor], means: Tensor, full_rank: bool) -> None:
+        """Classes by their R (D, D), positive definite if full_rank, read one at a time, and mu (c, D); computed in
+        float64, of which one class is held."""
+        roots, whitenings, centres = whitening if full_rank else pseudo_whitening, [], []
+        for correlation, mean in zip(correlations, means.double(), strict=True):
+            found = roots(correlation.double())
+            whitenings.append(found.to(self.whitenings.dtype))
+            centres.append((found[None] @ mean[None, :, None])[0, :, 0])
+        self.append(whitenings=torch.stack(whitenings), centres=torch.stack(centres))
 
     def distances(self, features: Tensor) -> Tensor:
         """(B, D) -> (B, C), never in the lower precision of autocast: small differences of large numbers."""
