@@ -191,6 +191,12 @@ class ClassGaussians(Growing):
     def __len__(self) -> int:
         return len(self.labels)
 
+    def hold_on_host(self) -> None:
+        """Keep what comes in blocks in the host's memory; where the device is the host, nothing changes."""
+        for module in self.modules():
+            if isinstance(module, Blocks):
+                module.on_host = True
+
     def measure(
         self, features: Callable[[Tensor], Tensor], view: View, task: int, runtime: Runtime, batch_size: int
     ) -> None:
