@@ -104,6 +104,7 @@ class AlignmentConfig(TrainConfig):
         if not self.ca_epochs:
             return None
         made = ClassGaussians(width, self.cov_storage, self.cov_ridge, self.cov_rank)
+        made.samples = self.alignment(task).samples
         classes = task.num_classes * (1 if task.domain is None else task.num_tasks)
         fits = made.bytes_of(classes, task.num_tasks) <= SHARE * runtime.device_memory()
         if self.cov_device == "host" or (self.cov_device == "auto" and not fits):

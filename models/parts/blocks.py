@@ -5,6 +5,7 @@ lie on the card: two places for a piece do. A copy goes over a stream of its own
 step, and the host waits for none of them.
 """
 
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -30,6 +31,10 @@ class Blocks(nn.Module):
 
     def __len__(self) -> int:
         return sum(len(block) for block in self.all())
+
+    @property
+    def row_bytes(self) -> int:
+        return math.prod(self.like.shape[1:]) * self.like.element_size()
 
     def all(self) -> list[Tensor]:
         """(n, ...) of each time that rows came."""

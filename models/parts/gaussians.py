@@ -23,6 +23,7 @@ from data.loading import View, extract_features
 from data.stream import Task
 from models.parts.blocks import Blocks
 from models.parts.drift import StoredMeans
+from models.parts.peaks import largest
 from utils.runtime import Runtime
 
 # Gaussians sampled at a time, so that noise never takes the memory of an epoch: on a CPU what its cache holds.
@@ -186,6 +187,7 @@ class ClassGaussians(Growing):
         self.declare("means", feature_dim, dtype=torch.float64)
         self.declare("labels", dtype=torch.int64)
         self.declare("tasks", dtype=torch.int64)
+        self.samples = 0  # of each Gaussian that will be drawn at a time; for what is said beforehand
         self.covariances: Covariances = STORAGE[storage](feature_dim, rank)
 
     def __len__(self) -> int:
@@ -270,6 +272,23 @@ class ClassGaussians(Growing):
     def expected_bytes(self, tasks: Sequence[Task]) -> int:
         """What the buffers will take once the classes of these tasks are measured."""
         return self.bytes_of(sum(len(np.unique(task.train.labels)) for task in tasks), len(tasks))
+
+    def held_bytes(self, tasks: Sequence[Task]) -> int:
+        """Of these on the device; where that is the host, blocks that lie there count as well."""
+        away = [m for m in self.modules() if isinstance(m, Blocks) and m.on_host and m.like.device.type != "cpu"]
+        count = sum(len(np.unique(task.train.labels)) for task in tasks)
+        there = min(count, 2 * CHUNK["cuda"])  # rows of the two places
+        return self.expected_bytes(tasks) - sum((count - there) * m.row_bytes for m in away)
+
+    def passing_bytes(self, tasks: Sequence[Task]) -> dict[str, int]:
+        """Statistics: the features of a task, as they come and joined; one class and its covariance in float64.
+        Alignment: an epoch's samples, with the order of reading them and their labels in it."""
+        width, (images, of_class) = self.means.shape[1], largest(tasks)
+        samples = self.samples * sum(len(np.unique(task.train.labels)) for task in tasks)
+        return {
+            "statistics": 8 * images * width + 8 * (3 * of_class * width + 3 * width**2),
+            "alignment": samples * (4 * width + 24) if len(tasks) > 1 else 0,
+        }
 
     def bytes_of(self, classes: int, tasks: int) -> int:
         """Of that many Gaussians from that many tasks."""
