@@ -65,7 +65,18 @@ class Blocks(nn.Module):
         device = self.like.device
         if self.on_host and device.type != "cpu":
             return passed_on(self.pieces(size), self.like.new_empty(2, size, *self.like.shape[1:]))
-        return (rows[0] if len(rows) == 1 else torch.cat(rows) for rows in self.pieces(size))
+        return self._joined(size)
+
+    def _joined(self, size: int) -> Iterator[Tensor]:
+        """A piece that lies in several blocks is put together, always in the same memory: fresh memory costs more than
+        the copy."""
+        room: Tensor | None = None
+        for rows in self.pieces(size):
+            if len(rows) > 1:
+                room = self.like.new_empty(size, *self.like.shape[1:]) if room is None else room
+                yield torch.cat(rows, out=room[: sum(len(part) for part in rows)])
+            else:
+                yield rows[0]
 
     def _room(self, shape: Sequence[int]) -> Tensor:
         if not self.on_host:
