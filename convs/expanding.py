@@ -7,6 +7,8 @@ running statistics included; the older ones are frozen and stay in evaluation mo
 """
 
 import copy
+import sys
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -29,12 +31,22 @@ class Branches(nn.Module):
     def __init__(self, shared: nn.Module, branch: nn.Module, freeze_shared: bool = True):
         super().__init__()
         self.shared, self.freeze_shared = shared, freeze_shared
+        self.at_most = sys.maxsize  # branches at a time; for what is said beforehand
         self.branches = GrowingList(self._copy_of_last)
         self.branches.append(branch)
 
     def forward(self, images: Tensor) -> Tensor:
         maps = self.shared(images)
         return torch.cat([branch(maps) for branch in self.branches], dim=1)
+
+    def stored_bytes(self) -> int:
+        """All of it has been trained, also what no longer trains."""
+        return sum(value.numel() * value.element_size() for value in (*self.parameters(), *self.buffers()))
+
+    def held_bytes(self, tasks: Sequence[Any]) -> int:
+        """Of the branches that tasks to come bring, one each, as long as `at_most` allows."""
+        last = sum(value.numel() * value.element_size() for value in self.branches[-1].parameters())
+        return max(0, min(len(tasks), self.at_most) - len(self.branches)) * last
 
     def grow(self) -> None:
         """One branch more; the others no longer train."""
@@ -120,6 +132,7 @@ class TwoNetworks(ExpandingNetwork):
 
     def __init__(self, branches: Branches, info: BackboneInfo, normalize: str):
         super().__init__(branches, info, normalize)
+        branches.at_most = 2
         self.old_head = LinearHead(info.feature_dim)
 
     def forward(self, images: Tensor, boosting: bool = False) -> Any:

@@ -28,10 +28,9 @@ from convs.network import Network
 from data.stream import Task, TaskInfo
 from models.base import LEARNERS, Learner
 from models.parts.alignment import AlignmentConfig, align_head
-from models.parts.gaussians import ClassGaussians
 from models.parts.losses import symmetric_cross_entropy
 from models.parts.optim import group
-from utils.config import Count, Rate, Whole
+from utils.config import Rate, Whole
 from utils.keys import GIVEN, key, redefault
 
 LIGHT = ("norm", "bias", "cls_token", "lora")  # what SLCA++ trains of the backbone, by name
@@ -62,13 +61,6 @@ class SLCA(Learner):
         fc_scale_mu: Rate = key(
             0.0, "feature scaling per task of age of a head, in alignment undone; 0: none", only={"ca_epochs": GIVEN}
         )
-        cov_storage: Literal["full", "diag", "low_rank", "shared"] = key(
-            "full",
-            'covariances: per class, per class and dimension, "cov_rank" directions, one per task',
-            only={"ca_epochs": GIVEN},
-        )
-        cov_rank: Count = key(32, 'directions per class of "cov_storage": "low_rank"', only={"cov_storage": "low_rank"})
-        cov_ridge: Rate = key(1e-4, "added to every variance", only={"ca_epochs": GIVEN})
         domain_head: Literal["per_domain", "shared"] = key(
             "per_domain", "domain-incremental: a head for each domain, or one for all"
         )
@@ -98,8 +90,7 @@ class SLCA(Learner):
         for name, parameter in backbone.model.named_parameters():
             chosen = config.trainable == "all" or any(part in name for part in LIGHT)
             parameter.requires_grad_(chosen and config.bcb_lrscale > 0)
-        kind = config.cov_storage, config.cov_ridge, config.cov_rank
-        self.gaussians = ClassGaussians(backbone.feature_dim, *kind) if config.ca_epochs else None
+        self.gaussians = config.class_gaussians(backbone.feature_dim, self.task, self.runtime)
 
     def before_task(self, task: Task) -> None:
         """The aligned heads served the evaluation: go on from the trained ones."""

@@ -7,6 +7,7 @@ import torch
 
 import main
 from models.base import LEARNERS
+from models.parts.gaussians import CHUNK, ClassGaussians
 from tests.conftest import tiny_values
 from tests.test_pretend_cuda import VARIANTS
 
@@ -73,3 +74,31 @@ def test_the_landscape_agrees_with_the_cpu(tmp_path):
         found.append(json.loads((tmp_path / device / "seed1993" / "landscape" / "task3.json").read_text()))
     for key in ("loss", "gradient_norm", "sharpness_10", "top_eigenvalue"):
         assert found[1][key] == pytest.approx(found[0][key], rel=0.03)
+
+
+def test_covariances_on_the_host_cost_two_places_on_the_card():
+    """Equal draws from either side; while they are fetched, the card holds two pieces of them and not all."""
+    device, width, classes = torch.device("cuda"), 256, 256
+    features, labels = (
+        torch.randn(4 * classes, width, device=device),
+        torch.arange(4 * classes, device=device) % classes,
+    )
+    drawn, peaks = [], []
+    for on_host in (False, True):
+        gaussians = ClassGaussians(width).to(device)
+        if on_host:
+            gaussians.hold_on_host()
+        gaussians.add(features, labels, task=0)
+        assert gaussians.covariances.factors.all()[0].is_pinned() == on_host
+        out = torch.empty(classes, 8, width, device=device)
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        for seed in range(3):
+            gaussians.draw(gaussians.means, 8, torch.Generator(device).manual_seed(seed), out=out)
+            drawn.append(out.cpu())
+        peaks.append(torch.cuda.max_memory_allocated() - before)
+        del gaussians
+    assert all(torch.equal(*pair) for pair in zip(drawn[:3], drawn[3:], strict=True))
+    piece = 4 * CHUNK["cuda"] * width**2
+    assert 2 * piece <= peaks[1] - peaks[0] < 3 * piece

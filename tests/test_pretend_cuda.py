@@ -13,6 +13,7 @@ import torch
 from data.stream import DataManager
 from models.base import LEARNERS
 from models.factory import build_learner, config_from, learner_class
+from models.parts.blocks import Blocks
 from models.parts.evaluation import evaluate
 from models.parts.loop import Observer, Position, begin, fit, learn
 from models.parts.probe import probe
@@ -38,6 +39,10 @@ VARIANTS = {
     "light": ("slcapp", {"cov_storage": "low_rank", "lora_mlp": True}),
     "shared covariances": ("slca", {"cov_storage": "shared", "upstream": True}),
     "ca": ("inflora", {"ca_epochs": 1, "subspace": "gpm"}),
+    "factors on the host": ("slca", {"cov_device": "host"}),
+    "directions on the host": ("raa", {"cov_device": "host", "cov_storage": "low_rank", "cov_rank": 3}),
+    "ca from the host": ("inflora", {"ca_epochs": 1, "cov_device": "host"}),
+    "mos from the host": ("mos", {"cov_device": "host"}),
     "plain lora": ("inflora", {"subspace": "none"}),
     "parameters": ("raa", {"amalgam": "parameter", "branches": 3, "margin": 0.1, "margin_kind": "arcface"}),
     "ssiat": ("raa", {"branches": 1, "sam": None}),
@@ -92,8 +97,15 @@ def build(tmp_path, name, keys):
 
 
 def on_host(learner):
+    """What lies there; blocks that may are to be there, all of them."""
+    meant = [block for m in learner.modules() if isinstance(m, Blocks) and m.on_host for block in m.all()]
+    assert not any(isinstance(block, DeviceTensor) for block in meant)
     named = [*learner.named_parameters(), *learner.named_buffers()]
-    return [name for name, value in named if not isinstance(value, DeviceTensor)]
+    return [
+        name
+        for name, value in named
+        if not isinstance(value, DeviceTensor) and not any(value is block for block in meant)
+    ]
 
 
 def undeclared(waits: Counter, declared: dict[str, str]) -> set:

@@ -16,6 +16,7 @@ from models.base import Learner
 from models.factory import load_config
 from models.parts.costs import expected_bytes, stored_bytes
 from models.parts.loop import begin
+from models.parts.peaks import held_bytes, peaks, shortage
 from models.parts.remarks import remarks
 from models.parts.stages import Stage
 from utils.config import RunConfig
@@ -52,13 +53,18 @@ def _try_networks(config: RunConfig, manager: DataManager, learner: Learner) -> 
     of its first task. Raises ConfigError naming the network that refuses them."""
     if learner.stage is not None:
         learner.make_optimizer()
-    view = manager[0].train.first(2).view("train")
-    images, _ = view.__getitems__(Batch(torch.arange(len(view)).numpy()))
-    pixels, _ = learner.runtime.to_device(images[:, :3], torch.zeros(len(images), dtype=torch.int64))
+    pixels = _pixels(learner, manager)
     _try(learner, pixels)
     for task in manager[1 : len(getattr(config, "networks", None) or ())]:
         _try(trainer.seeded_learner(config, learner.runtime, task), pixels)
     learner.eval()
+
+
+def _pixels(learner: Learner, manager: DataManager) -> Tensor:
+    """Two images of the first task, on the device."""
+    view = manager[0].train.first(2).view("train")
+    images, _ = view.__getitems__(Batch(torch.arange(len(view)).numpy()))
+    return learner.runtime.to_device(images[:, :3], torch.zeros(len(images), dtype=torch.int64))[0]
 
 
 def _try(learner: Learner, pixels: Tensor) -> None:
@@ -93,7 +99,7 @@ def _lines(config: RunConfig, manager: DataManager, learner: Learner, task: Task
         f"parameters   total {total:,}, trainable {sum(p.numel() for p in trainable):,}, "
         f"stored after task 1 {stored_bytes(learner) / 2**20:.1f} MiB",
         *_statistics_line(learner, manager),
-        *_memory_line(learner, trainable),
+        *_memory_lines(learner, manager, trainable),
         "task  classes  train images  test images  epochs",
     ]
     for task in manager:
@@ -131,12 +137,22 @@ def _statistics_line(learner: Learner, manager: DataManager) -> list[str]:
     return [f"statistics   {first:,} bytes after task 1, {last:,} after the last"] if last else []
 
 
-def _memory_line(learner: Learner, trainable: list[nn.Parameter]) -> list[str]:
+def _memory_lines(learner: Learner, manager: DataManager, trainable: list[nn.Parameter]) -> list[str]:
+    """The peak of each stage, and which the device has no room for."""
+    needed, lines = peaks(learner, manager[:], _pixels(learner, manager)), []
     if learner.stage is None:
-        return [f"memory       about {_weights(learner) / 2**20:.0f} MiB of weights; nothing is trained in task 1"]
-    size = learner.config.batch_size
-    needed = _memory_bytes(learner, learner.stage, trainable) / 2**20
-    return [f"memory       about {needed:.0f} MiB in training with batches of {size}"]
+        lines.append(f"about {_weights(learner) / 2**20:.0f} MiB of weights; nothing is trained in task 1")
+    else:
+        training = _memory_bytes(learner, learner.stage, trainable)
+        needed = {"training": training - _weights(learner) + held_bytes(learner, manager[:])} | needed
+        learner.eval()
+    sizes = {"training": "batch_size", "statistics": "test_batch_size", "evaluation": "test_batch_size"}
+    for stage, size in needed.items():
+        batches = f" with batches of {getattr(learner.config, sizes[stage])}" if stage in sizes else ""
+        lines.append(f"about {size / 2**20:,.0f} MiB in {stage}{batches}")
+    if (short := shortage(needed, learner)) is not None:
+        lines.append(f"too little: {short}")
+    return [f"memory       {line}" for line in lines]
 
 
 def _weights(learner: Learner) -> int:

@@ -25,6 +25,7 @@ MACHINE_KEYS = frozenset(
     {
         "device", "num_workers", "data_root", "cache", "cache_root", "strict_data", "checkpoint_minutes",
         "keep_checkpoints", "frozen_gib", "about", "seed", "save_predictions", "log_to", "init_from",
+        "cov_device",
     }
 )  # fmt: skip
 

@@ -1,6 +1,7 @@
 """Where and how a run computes: device, precision, processes, stopwatch. Learners ask for it, none owns a device."""
 
 import gc
+import math
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -206,6 +207,13 @@ class Runtime:
     def barrier(self) -> None:
         if self.world > 1:
             dist.barrier()
+
+    def device_memory(self) -> float:
+        """Bytes: of the card; on a CPU what this process can still take, infinity where nobody says."""
+        if self.device.type == "cuda":
+            return torch.cuda.mem_get_info(self.device)[1]
+        free = available_memory()
+        return math.inf if free is None else free
 
     def peak_memory_mib(self) -> float:
         """Of the device on CUDA, of the process on CPU."""

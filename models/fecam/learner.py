@@ -76,11 +76,11 @@ class FeCAM(FirstSession):
         if self.config.correlation == "rows":
             _, means, covs = moments(features, labels)
             eye = SHRINKAGE * torch.eye(covs.shape[1], dtype=covs.dtype, device=covs.device)
-            correlations = torch.stack([torch.corrcoef(cov + eye) for cov in covs])
+            correlations = (torch.corrcoef(cov + eye) for cov in covs)
             self.metrics.add(correlations, F.normalize(means, dim=1), full_rank=False)
         else:
             _, means, covs = moments(self._transformed(features), labels)
-            correlations = torch.stack([by_variance(shrunk(cov, *self.config.shrink)) for cov in covs])
+            correlations = (by_variance(shrunk(cov, *self.config.shrink)) for cov in covs)
             self.metrics.add(correlations, means, full_rank=True)
 
     def _stored_means(self) -> StoredMeans | None:

@@ -12,13 +12,17 @@ matrix between pairs of images is made.
 """
 
 import logging
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from convs.growing import Growing
+from data.stream import Task
 from models.parts.gaussians import by_label
+from models.parts.peaks import largest
 from utils.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -41,11 +45,15 @@ class ClassMetrics(Growing):
     def __len__(self) -> int:
         return len(self.centres)
 
-    def add(self, correlations: Tensor, means: Tensor, full_rank: bool) -> None:
-        """Classes by their R (c, D, D), positive definite if full_rank, and mu (c, D); computed in float64."""
-        roots = whitening if full_rank else pseudo_whitening
-        found = torch.stack([roots(one.double()) for one in correlations])
-        self.append(whitenings=found, centres=(found @ means.double()[..., None])[..., 0])
+    def add(self, correlations: Iterable[Tensor], means: Tensor, full_rank: bool) -> None:
+        """Classes by their R (D, D), positive definite if full_rank, read one at a time, and mu (c, D); computed in
+        float64, of which one class is held."""
+        roots, whitenings, centres = whitening if full_rank else pseudo_whitening, [], []
+        for correlation, mean in zip(correlations, means.double(), strict=True):
+            found = roots(correlation.double())
+            whitenings.append(found.to(self.whitenings.dtype))
+            centres.append((found[None] @ mean[None, :, None])[0, :, 0])
+        self.append(whitenings=torch.stack(whitenings), centres=torch.stack(centres))
 
     def distances(self, features: Tensor) -> Tensor:
         """(B, D) -> (B, C), never in the lower precision of autocast: small differences of large numbers."""
@@ -54,6 +62,17 @@ class ClassMetrics(Growing):
         pairs = zip(self.whitenings.split(some), self.centres.split(some), strict=True)
         with torch.autocast(features.device.type, enabled=False):
             return torch.cat([_squared(features, *pair) for pair in pairs], dim=1)
+
+    def expected_bytes(self, tasks: Sequence[Task]) -> int:
+        return self.planned_bytes(sum(len(np.unique(task.train.labels)) for task in tasks))
+
+    def passing_bytes(self, tasks: Sequence[Task]) -> dict[str, int]:
+        """The features of a task, as they come and joined; its covariances in float64; the metrics that are there
+        already and those of the task, before they are one tensor."""
+        width, (images, of_class) = self.centres.shape[1], largest(tasks)
+        classes = max(len(np.unique(task.train.labels)) for task in tasks)
+        each = 8 * (classes + 3) * width**2 + 8 * (images + 2 * of_class) * width
+        return {"statistics": each + self.expected_bytes(tasks)}
 
     def planned_bytes(self, classes: int) -> int:
         width = self.centres.shape[1]

@@ -36,7 +36,6 @@ from models.base import LEARNERS, Learner
 from models.inflora.kv_lora import InputMoments, add_kv_lora
 from models.inflora.subspace import GPM, DualGPM, Energy
 from models.parts.alignment import AlignmentConfig, align_head
-from models.parts.gaussians import ClassGaussians
 from models.parts.optim import group, quarter_cosine
 from utils.config import Count, Rate, Whole
 from utils.keys import key, redefault
@@ -111,7 +110,7 @@ class InfLoRA(Learner):
         kind = {"dualgpm": DualGPM, "gpm": GPM, "none": None}[config.subspace]
         limits = config.lamb, config.lame, config.energy, config.upstream
         self.subspace = kind(len(self.layers), self.layers[0].width, *limits) if kind else None
-        self.gaussians = ClassGaussians(self.network.feature_dim) if config.ca_epochs else None
+        self.gaussians = config.class_gaussians(self.network.feature_dim, self.task, self.runtime)
 
     def before_task(self, task: Task) -> None:
         heads = self.network.head

@@ -66,7 +66,9 @@ class MOS(Learner):
             False, "outputs for all classes of the stream from the start: weight decay shrinks them until their task"
         )
         ensemble: bool = key(True, "add the prototypes' probabilities to the head's")
-        covariance: Literal["full", "diag"] = key("full", "of a class's Gaussian", only={"ca_epochs": GIVEN})
+        covariance: Literal["full", "diag"] | None = key(
+            None, 'the reference\'s name for "cov_storage"; default: that key', only={"ca_epochs": GIVEN}
+        )
         ca_epochs: Whole = redefault(AlignmentConfig, "ca_epochs", 30)
         ca_lrate: Rate = redefault(AlignmentConfig, "ca_lrate", 0.005)
         ca_samples: Count | None = key(  # type: ignore[assignment]
@@ -75,17 +77,19 @@ class MOS(Learner):
         )  # fmt: skip
         ca_with_logit_norm: Rate = redefault(AlignmentConfig, "ca_with_logit_norm", 0.0)
         mean_decay: Rate = redefault(AlignmentConfig, "mean_decay", 0.0)
-        cov_ridge: Rate = key(1e-4, "added to every variance", only={"ca_epochs": GIVEN})
         upstream: bool = key(False, "reproduce the reference: merge pass, full_head, prototypes measured with dropout")
 
         def implied(self) -> dict[str, Any]:
             quirks = {"merge": "pass", "full_head": True} if self.upstream else {}
-            return super().implied() | quirks
+            kind = {"cov_storage": self.covariance} if self.covariance else {}
+            return super().implied() | quirks | kind
 
         def faults(self) -> Iterator[tuple[str, str]]:
             yield from super().faults()
             if self.sam is not None and self.merge == "pass":
                 yield "sam", 'does not go with "merge": "pass", whose passes move the weights: drop one of the two'
+            if self.covariance not in (None, self.cov_storage):
+                yield "covariance", f'contradicts "cov_storage": "{self.cov_storage}": drop one of the two'
 
         def undivided(self) -> str | None:
             if self.merge == "pass":
@@ -110,7 +114,8 @@ class MOS(Learner):
         shape = config.bottleneck, config.adapter_scale, config.adapter_dropout
         self.adapters = add_adapter_sets(model, *shape, converged=config.merge == "pass")
         # Without alignment the means alone are read, by the regulariser.
-        self.gaussians = ClassGaussians(width, config.covariance if config.ca_epochs else "diag", config.cov_ridge)
+        made = config.class_gaussians(width, self.task, self.runtime)
+        self.gaussians = ClassGaussians(width, "diag", config.cov_ridge) if made is None else made
         self.class_means = ClassMeans(width)
         self.prototypes = CosineHead(width, init="zeros")
         self.merging: Merging | None = None

@@ -21,7 +21,7 @@ one step is a handful of kernels and nothing is read back.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -38,6 +38,7 @@ from utils.keys import GIVEN, key
 from utils.runtime import Runtime
 from utils.seed import mix
 
+SHARE = 0.25  # of a card's memory, beyond which the Gaussians of a stream lie on the host
 HALF_WIDTH = 0.01  # of the uniform distribution of q around mu; a constant in SLCA++'s reference
 
 
@@ -79,11 +80,36 @@ class AlignmentConfig(TrainConfig):
     mean_decay: Rate = key(
         0.1, "how far the means of the oldest classes shrink in alignment; 0: not", only={"ca_epochs": GIVEN}
     )
+    cov_storage: Literal["full", "diag", "low_rank", "shared"] = key(
+        "full",
+        'covariances: per class, per class and dimension, "cov_rank" directions, one per task',
+        only={"ca_epochs": GIVEN},
+    )
+    cov_rank: Count = key(32, 'directions per class of "cov_storage": "low_rank"', only={"cov_storage": "low_rank"})
+    cov_ridge: Rate = key(1e-4, "added to every variance", only={"ca_epochs": GIVEN})
+    cov_device: Literal["auto", "device", "host"] = key(
+        "auto",
+        "where the covariances of classes lie: on the device, or on the host, from where alignment fetches the next "
+        "while it reads the last; auto: on the device unless the stream's would take more than a quarter of the card",
+        only={"ca_epochs": GIVEN, "cov_storage": ("full", "low_rank")},
+    )
 
     def faults(self) -> Iterator[tuple[str, str]]:
         yield from super().faults()
         if self.names("momentum") and self.optimizer != "sgd" and not self.ca_epochs:
             yield "momentum", 'has no effect with this "optimizer" and without "ca_epochs": drop the key'
+
+    def class_gaussians(self, width: int, task: TaskInfo, runtime: Runtime) -> ClassGaussians | None:
+        """Room for the Gaussians of the stream that a task is of, of features of that width; None without alignment."""
+        if not self.ca_epochs:
+            return None
+        made = ClassGaussians(width, self.cov_storage, self.cov_ridge, self.cov_rank)
+        made.samples = self.alignment(task).samples
+        classes = task.num_classes * (1 if task.domain is None else task.num_tasks)
+        fits = made.bytes_of(classes, task.num_tasks) <= SHARE * runtime.device_memory()
+        if self.cov_device == "host" or (self.cov_device == "auto" and not fits):
+            made.hold_on_host()
+        return made
 
     def alignment(self, task: TaskInfo, distance_mu: float = 0.0, scale: float = 1.0) -> AlignmentSettings:
         """The settings of the stage after a task."""

@@ -26,7 +26,7 @@ def stored_bytes(learner: "Learner") -> int:
     """What the method keeps between tasks beyond the frozen pre-trained network: everything else in its state."""
     frozen = {id(p) for p in learner.network.backbone.parameters() if not p.requires_grad}
     total = 0
-    for owner in _answering(learner):
+    for owner in answering(learner):
         if hasattr(owner, "stored_bytes"):
             total += owner.stored_bytes()
         elif isinstance(owner, nn.Module):
@@ -38,7 +38,7 @@ def stored_bytes(learner: "Learner") -> int:
 
 def expected_bytes(learner: "Learner", tasks: Sequence[Task]) -> int:
     """What the statistics of these tasks will take, as far as the parts know it beforehand."""
-    return sum(owner.expected_bytes(tasks) for owner in _answering(learner) if hasattr(owner, "expected_bytes"))
+    return sum(owner.expected_bytes(tasks) for owner in answering(learner) if hasattr(owner, "expected_bytes"))
 
 
 def tensor_bytes(value: Any) -> int:
@@ -50,7 +50,7 @@ def tensor_bytes(value: Any) -> int:
     return sum(tensor_bytes(item) for item in value) if isinstance(value, list | tuple) else 0
 
 
-def _answering(learner: "Learner") -> Iterator[Any]:
+def answering(learner: "Learner") -> Iterator[Any]:
     """Every module once, without those below one that answers for its whole, and every other part."""
     waiting: list[nn.Module] = [learner]
     seen: set[int] = set()

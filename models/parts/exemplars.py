@@ -162,6 +162,10 @@ class ExemplarSet(Growing):
         sizes = [np.unique(task.train.labels, return_counts=True)[1] for task in tasks]
         return int(np.minimum(np.concatenate(sizes), count).sum()) * self.image_bytes
 
+    def held_bytes(self, tasks: Sequence[Task]) -> int:
+        """Rows, labels, groups: the images lie in the data set."""
+        return 24 * self.expected_bytes(tasks) // self.image_bytes
+
     def _take(self, task: Task, rows: np.ndarray) -> TaskData:
         so_far = task.train_so_far
         return so_far.take(np.searchsorted(so_far.rows, rows))

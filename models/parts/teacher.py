@@ -1,11 +1,13 @@
 """A frozen copy of the network as it was: what distillation compares with."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from data.stream import Task
 
 
 class Teacher:
@@ -38,6 +40,13 @@ class Teacher:
     def __call__(self, images: Tensor) -> Tensor:
         assert self.network is not None, "update() was never called"
         return self.network(images)
+
+    def held_bytes(self, tasks: Sequence[Task]) -> int:
+        """Of the copy that the second task makes, if it is not there yet; as large as the network is now."""
+        if self.network is not None or len(tasks) < 2:
+            return 0
+        network = self._like()
+        return sum(value.numel() * value.element_size() for value in (*network.parameters(), *network.buffers()))
 
     def state_dict(self) -> dict[str, Any]:
         return {} if self.network is None else self.network.state_dict()

@@ -30,7 +30,6 @@ from data.loading import extract_features
 from data.stream import Task
 from models.base import LEARNERS, Learner
 from models.parts.alignment import AlignmentConfig, align_head
-from models.parts.gaussians import ClassGaussians
 from models.parts.losses import Margin, margin_cross_entropy
 from models.parts.optim import group, hold_rows
 from models.parts.varied import Varied, Weights
@@ -95,7 +94,7 @@ class RAA(Learner):
             "a class's task in mean_decay: its own, or label // size of the current task (wrong with unequal tasks)",
             only={"ca_epochs": GIVEN},
         )
-        cov_ridge: Rate = key(1e-3, "added to every variance", only={"ca_epochs": GIVEN})
+        cov_ridge: Rate = redefault(AlignmentConfig, "cov_ridge", 1e-3)
         upstream: bool = key(
             False,
             "reproduce the reference: shift_pairs and alignment_task_index upstream, frozen_decay true, "
@@ -124,7 +123,7 @@ class RAA(Learner):
         shape = config.branches, config.bottleneck, config.adapter_scale, config.adapter_dropout
         self.adapters = add_adapters(self.network.backbone.model, *shape)
         width = self.network.feature_dim
-        self.gaussians = ClassGaussians(width, ridge=config.cov_ridge) if config.ca_epochs else None
+        self.gaussians = config.class_gaussians(width, self.task, self.runtime)
         self.before = FeaturesBefore(width) if config.ca_epochs and config.shift else None
         self._mixtures: Tensor | None = None  # alpha of the pass at work, (L, K)
 

@@ -72,7 +72,7 @@ class RanPAC(FirstSession):
 
     def build(self, make_backbone: BackboneMaker) -> None:
         super().build(make_backbone)
-        self.ridge = RandomRidge(self.network.feature_dim)
+        self.ridge = RandomRidge(self.network.feature_dim, self.config.projection * (self.config.head != "ncm"))
         self.generator = torch.Generator().manual_seed(folded(self.config.seeds[0], 63))
 
     def _measure(self, task: Task) -> None:

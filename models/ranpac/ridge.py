@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from convs.growing import Growing
+from data.stream import Task
 
 FITTED = 0.8  # share of the rows that the candidates are fitted on
 BLOCK = 1024  # rows that are expanded at a time while sums are taken
@@ -35,8 +36,10 @@ class RandomRidge(Growing):
     weight: Tensor  # (C, M)
     chosen: Tensor  # (T,): lambda of every `solve`
 
-    def __init__(self, feature_dim: int):
+    def __init__(self, feature_dim: int, width: int = 0):
+        """width: M, for what is said beforehand; `draw` decides."""
         super().__init__()
+        self.planned = width or feature_dim
         self.register_buffer("projection", torch.empty(feature_dim, 0))
         for name, shape in {"gram": (0, 0), "sums": (0, 0), "weight": (0, 0), "counts": (0,), "chosen": (0,)}.items():
             self.register_buffer(name, torch.zeros(shape, dtype=torch.float64))
@@ -64,6 +67,19 @@ class RandomRidge(Growing):
             self.gram.addmm_(h.mT, h)
             self.sums.index_add_(0, classes, h)
         self.counts += torch.bincount(labels, minlength=len(self.counts))
+
+    def expected_bytes(self, tasks: Sequence[Task]) -> int:
+        depth, classes = self.projection.shape[0], tasks[-1].total_classes
+        drawn = 4 * depth * self.planned * (self.planned != depth)
+        return drawn + 8 * self.planned**2 + 16 * classes * self.planned
+
+    def passing_bytes(self, tasks: Sequence[Task]) -> dict[str, int]:
+        """The features of a task, as they come and joined; then the larger of what the choice of lambda reads (h of the
+        task in its order, the fitted rows, Q, U, V) and what a solve does (system and factor)."""
+        rows, width = max(len(task.train) for task in tasks), self.planned
+        fitted, short = int(FITTED * rows), min(int(FITTED * rows), width)
+        choice = 8 * (rows * width + 2 * fitted * width + 3 * short**2)
+        return {"statistics": 8 * rows * self.projection.shape[0] + max(choice, 16 * width**2)}
 
     def solve(self, ridge: float) -> None:
         """W_o with this lambda."""

@@ -16,6 +16,7 @@ from tests.conftest import build_tiny, in_processes, reference, tiny_values
 from tests.convs.vits import BRANCHED, adapter_parameters, bottleneck_of, close, fill, group
 from tests.models.properties import check_dropout, check_standing_still
 from tests.models.stored_runs import StoredRun
+from utils.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parent.parent.parent.parent
 RUNS = {
@@ -200,3 +201,11 @@ def test_two_processes_equal_one(tmp_path):
     np.testing.assert_allclose(losses[0], losses[1], rtol=1e-4)
     one, two = (json.loads((folder / "result.json").read_text()) for folder in folders)
     assert one["acc"] == two["acc"]
+
+
+def test_the_published_name_of_the_covariances_still_acts(tmp_path):
+    values = tiny_values(tmp_path, "mos")
+    assert config_from(values | {"covariance": "diag"}, "test").cov_storage == "diag"
+    assert config_from(values | {"covariance": "full", "cov_storage": "full"}, "test").cov_storage == "full"
+    with pytest.raises(ConfigError, match='"covariance" contradicts "cov_storage": "low_rank": drop one of the two'):
+        config_from(values | {"covariance": "diag", "cov_storage": "low_rank"}, "test")

@@ -1,10 +1,12 @@
 """Class Gaussians: against the reference's numbers, against a distribution object, and through a checkpoint."""
 
+import weakref
+
 import numpy as np
 import pytest
 import torch
 
-from models.parts.gaussians import CHUNK, STORAGE, ClassGaussians, by_label
+from models.parts.gaussians import CHUNK, STORAGE, ClassGaussians, by_label, cholesky, summed
 from tests.conftest import build_tiny, reference
 from tests.models.parts.test_alignment import float32_factor_error
 
@@ -155,6 +157,41 @@ def test_by_label_is_ascending_and_complete():
     features = torch.arange(6.0)[:, None]
     groups = {label: rows.flatten().tolist() for label, rows in by_label(features, torch.tensor([4, 1, 4, 0, 1, 4]))}
     assert list(groups) == [0, 1, 4] and groups[4] == [0, 2, 5]
+
+
+@pytest.mark.parametrize("count", [1, 2, 16, 17, 300, 4100])
+def test_a_sum_of_terms_read_one_at_a_time_has_the_digits_of_the_sum_of_their_stack(count):
+    terms = torch.randn(count, 16, 16, generator=torch.Generator().manual_seed(count), dtype=torch.float64)
+    assert torch.equal(summed(iter(terms)), torch.stack(list(terms)).sum(dim=0))
+
+
+def test_class_by_class_has_the_digits_of_all_at_once():
+    features = torch.randn(60, 16, generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(60) % 5
+    gaussians = ClassGaussians(16)
+    gaussians.add(features, labels, task=0)
+    rows = [features[labels == label].double() for label in range(5)]
+    roots = [(own - own.mean(dim=0)) / 11**0.5 for own in rows]
+    factors = torch.stack([cholesky(root.T @ root, gaussians.ridge) for root in roots]).float()
+    assert torch.equal(gaussians.means, torch.stack([own.mean(dim=0) for own in rows]))
+    assert torch.equal(gaussians.covariances.factors.dense(), factors)
+
+
+@pytest.mark.parametrize("storage", STORAGE)
+def test_no_more_than_a_class_is_held_in_double(storage):
+    """The classes are read one after another: none before the one in front of it has been left."""
+    alive: list[int] = []
+
+    def roots():
+        for _ in range(8):
+            root = torch.randn(5, 16, dtype=torch.float64)
+            weakref.finalize(root, alive.append, -1)
+            alive.append(1)
+            assert sum(alive) <= 2, "the one that is made, and the one that is worked on"
+            yield root
+            del root
+
+    ClassGaussians(16, storage, rank=2).covariances.add(roots(), [4] * 8, ridge=1e-3)
 
 
 def test_measure_reads_each_image_once(tmp_path):
