@@ -44,7 +44,7 @@ from utils.interrupt import StopSignal
 from utils.metrics import accuracy_by_class, summarise_probe, summarise_scores
 from utils.plots import plot_images, plot_run
 from utils.record import Record
-from utils.results import EpochLog, curve_text, make_folder, run_log, write_json
+from utils.results import EpochLog, curve_text, duration, make_folder, run_log, write_json
 from utils.runtime import Runtime
 from utils.seed import rng_state, seed_everything, set_rng_state
 from utils.storage import held
@@ -343,7 +343,7 @@ class SeedRun(Observer):
         extra = "".join(f"  {k} {v:.4g}" for k, v in numbers.items() if k not in ("loss", "lr", "images_per_second"))
         log.info("task %d/%d  %sepoch %d/%d  loss %.4f  lr %.1e  %.0f img/s  eta %s%s", task.index + 1,
                  task.num_tasks, "".join(f"{name}  " for name in named.values()), fit.epoch, fit.epochs,
-                 numbers["loss"], numbers["lr"], numbers["images_per_second"], _duration(left), extra)  # fmt: skip
+                 numbers["loss"], numbers["lr"], numbers["images_per_second"], duration(left), extra)  # fmt: skip
         if self.runtime.is_main:
             self.epochs.append(line)
             self.trackers.epoch(line, len(self.epochs.lines))
@@ -396,9 +396,3 @@ class SeedRun(Observer):
             "data": self.manager.data.digest,
             "weights": report.sha256 or report.name,
         }
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"

@@ -149,3 +149,10 @@ def curve_text(result: Mapping[str, Any]) -> str:
     if result["forgetting"] is not None:
         lines[-1] += f"   forgetting {result['forgetting']:.2f}   with the task known {result['last_acc_task_il']:.2f}"
     return "\n".join(lines)
+
+
+def duration(seconds: float) -> str:
+    """As people write it: 2h05m, 3m20s, 45s."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"
