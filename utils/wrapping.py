@@ -5,6 +5,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+from timm.layers import PatchEmbed
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -63,8 +64,10 @@ class WrappedNetwork(nn.Module):
 
 
 def is_convolutional(network: nn.Module) -> bool:
-    """More than one convolution: the patches of a ViT are one."""
-    return sum(isinstance(layer, nn.Conv2d) for layer in network.modules()) > 1
+    """Whether there are convolutions beside those that cut images into a transformer's patches."""
+    patches = {id(layer) for embedding in network.modules() if isinstance(embedding, PatchEmbed)
+               for layer in embedding.modules()}  # fmt: skip
+    return any(isinstance(layer, nn.Conv2d) and id(layer) not in patches for layer in network.modules())
 
 
 def _open_rows(arguments: Any) -> bool:

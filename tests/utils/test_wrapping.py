@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from convs.small import SMALL
-from models.parts.loop import Observer, begin, fit
+from models.parts.loop import Observer, begin, fit, learn
 from tests.conftest import build_tiny, in_forks, write_stream
 from tests.pretend_cuda import CUDA, pretended
 from utils.runtime import Runtime
@@ -78,10 +78,17 @@ def test_on_the_cpu_a_network_is_called_as_it_is():
     assert Runtime("cpu", "fp32").wrap(network) is network
 
 
-def test_a_vit_is_not_convolutional(tmp_path):
-    _, learner = build_tiny(tmp_path)
+@pytest.mark.parametrize("name", ["finetune", "der", "memo", "foster"])
+def test_a_vit_is_not_convolutional_however_many_there_are(name, tmp_path):
+    manager, learner = build_tiny(tmp_path, name)
+    for task in manager[:2]:
+        learn(learner, task)
     assert not is_convolutional(learner.network)
-    assert is_convolutional(SMALL["small_lenet"](32))
+
+
+@pytest.mark.parametrize("backbone", ["small_lenet", "small_resnet18", "small_resnet32"])
+def test_these_are_convolutional(backbone):
+    assert is_convolutional(SMALL[backbone](32))
 
 
 @pytest.mark.parametrize("backbone", ["small_resnet18", "small_resnet32"])
