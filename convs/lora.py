@@ -34,7 +34,12 @@ class LoRALinear(CastOnceLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         y = super().forward(x)
-        return y if self.merged else torch.add(y, F.linear(F.linear(x, self.lora_A), self.lora_B), alpha=self.scale)
+        if self.merged:
+            return y
+        reduced = F.linear(x, self.lora_A).flatten(0, -2)
+        # In place on the projection: no second (..., out) beside it.
+        y.flatten(0, -2).addmm_(reduced, self.lora_B.to(y.dtype).mT, alpha=self.scale)
+        return y
 
     @torch.no_grad()
     def start_from_svd(self) -> None:
