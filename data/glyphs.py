@@ -10,6 +10,7 @@ scale and shift (one batched affine warp to 32 px), foreground and background co
 import json
 from collections.abc import Iterable, Mapping
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -138,12 +139,17 @@ def atlas(characters: tuple[int, ...], faces: tuple[str, ...]) -> np.ndarray:
     return sheet
 
 
+def font_folder() -> Path:
+    """Of the fonts that matplotlib ships. It is not imported, which fails where MPLBACKEND names no backend."""
+    found = find_spec("matplotlib")
+    assert found is not None and found.origin is not None
+    return Path(found.origin).parent / "mpl-data" / "fonts" / "ttf"
+
+
 def _font(face: str):
-    import matplotlib
     from PIL import ImageFont
 
-    path = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / f"{face}.ttf"
-    return ImageFont.truetype(str(path), 44, layout_engine=ImageFont.Layout.BASIC)
+    return ImageFont.truetype(str(font_folder() / f"{face}.ttf"), 44, layout_engine=ImageFont.Layout.BASIC)
 
 
 def _centred(font, character: str) -> np.ndarray:
@@ -194,10 +200,9 @@ def select(distance: float = 0.57, stream: int = 100) -> dict[str, list[int]]:
 
 
 def _common_characters() -> list[int]:
-    import matplotlib
     from fontTools.ttLib import TTFont
 
-    folder = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
+    folder = font_folder()
     common = set.intersection(*(set(TTFont(folder / f"{face}.ttf").getBestCmap()) for face in FACES))
     return sorted(code for code in common if chr(code).isprintable() and not chr(code).isspace())
 
