@@ -161,7 +161,7 @@ def _weights(learner: Learner) -> int:
 
 def _memory_bytes(learner: Learner, stage: Stage, trainable: list[nn.Parameter]) -> int:
     """Weights, gradients, optimiser state, and what a forward pass keeps for the backward pass (measured on up to two
-    images, scaled to the batch)."""
+    images, scaled to the batch, or to a part of one that goes through in parts)."""
     slots = 2 if stage.optimizer == "sgd" else 3  # gradient + momentum, or gradient + two moments
     slots += 2 * (learner.config.sam is not None)  # the weights and the gradient of its first pass
     numbers = _weights(learner) + slots * sum(p.numel() * p.element_size() for p in trainable)
@@ -186,4 +186,5 @@ def _memory_bytes(learner: Learner, stage: Stage, trainable: list[nn.Parameter])
     own |= {copy.untyped_storage().data_ptr() for copy in copies}
     numbers += sum(copy.numel() * copy.element_size() for copy in copies)
     activations = sum(size for pointer, size in kept.items() if pointer not in own)
-    return numbers + activations * learner.config.batch_size // count
+    at_once = -(-learner.config.batch_size // getattr(learner.config, "accumulate", 1))
+    return numbers + activations * at_once // count

@@ -27,6 +27,14 @@ def test_optimisers_that_keep_more_are_counted(keys, copies, tmp_path):
     assert more - plain == pytest.approx(copies * trainable)
 
 
+def test_a_batch_in_parts_needs_the_activations_of_one(tmp_path):
+    def activations(**keys):
+        counted, trainable = planned_bytes(tmp_path, batch_size=8, optimizer="sgd", **keys)
+        return counted - 3 * trainable  # all weights train: themselves, gradients, momenta
+
+    assert activations(accumulate=4) == pytest.approx(activations() / 4)
+
+
 def test_the_low_precision_copies_of_frozen_weights_are_counted_once(tmp_path):
     manager, learner = build_tiny(tmp_path, model_name="inflora", rank=2)
     learner.runtime = Runtime("cpu", "bf16", num_workers=0)
