@@ -249,9 +249,10 @@ class RunConfig(BaseModel):
 
     def same_run(self, other: Mapping[str, Any]) -> list[str]:
         """Keys, machine keys apart, in which this config differs from a saved one (as `config.json` holds it). What
-        "auto" became there is not asked."""
-        mine, settled = self.model_dump(mode="json"), set() if self.names("augment_on") else {"augment_on"}
-        keys = sorted((set(mine) | set(other)) - MACHINE_KEYS - {WRITTEN} - settled)
+        "auto" became there is not asked, what somebody named is."""
+        mine = self.model_dump(mode="json")
+        named = self.names("augment_on") or "augment_on" in other.get(WRITTEN, ())
+        keys = sorted((set(mine) | set(other)) - MACHINE_KEYS - {WRITTEN} - (set() if named else {"augment_on"}))
         return [key for key in keys if mine.get(key) != other.get(key)]
 
     def fingerprint(self) -> str:
