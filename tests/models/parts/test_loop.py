@@ -129,7 +129,7 @@ def test_two_processes_equal_one(keys, tmp_path):
         torch.testing.assert_close(states[1][key], value, atol=1e-5, rtol=1e-3)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 def test_a_compiled_network_trains_to_the_same_weights(tmp_path, monkeypatch):
     # Its own cache: what a killed compilation leaves in the shared one cannot be loaded.
