@@ -148,6 +148,8 @@ class EWC(Learner):
         self.network.head.grow(task.total_classes)
 
     def loss(self, net: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
+        """Cross-entropy + stiffness sum_j F_j (theta_j - theta*_j)^2; the gradient of the second term is added in
+        `after_backward`."""
         online, logits = self.config.fisher == "online", net(inputs)
         loss = F.cross_entropy(logits, targets) if online else slice_cross_entropy(logits, targets, self.task.classes)
         return loss + self._stiffness * self.springs.penalty(self._moved()) if self.springs else loss

@@ -159,7 +159,7 @@ def damping_factors(down: list[Tensor], ascent: list[Tensor], damping: float) ->
 
 def scaled(vectors: Sequence[Tensor], factors: Tensor) -> list[Tensor]:
     """Each vector times its own of factors (P,), which stay on the device. Those of one shape go together: CUDA takes a
-    kernel for each of a list of factors, some 450 a step of a ViT-B."""
+    kernel for each of a list of factors."""
     shapes: dict[torch.Size, list[int]] = {}
     for row, vector in enumerate(vectors):
         shapes.setdefault(vector.shape, []).append(row)
