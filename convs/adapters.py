@@ -243,7 +243,7 @@ class ReplicaNetwork(AdapterNetwork):
 
     def replica_features(self, prefix: Entered, mixtures: Tensor | None = None) -> Tensor:
         """Features of [branch 0 | ... | branch K-1 | amalgam], ((K + 1) B, D)."""
-        mixtures = self.mixtures(prefix) if mixtures is None else mixtures
+        mixtures = self.mixtures(prefix.tokens) if mixtures is None else mixtures
         blocks = self.blocks
         frozen, branches = blocks[0].adapter.frozen, blocks[0].adapter.branches
         moving = branches - frozen + (self.amalgam != "none")  # replicas with a gradient
@@ -266,12 +266,9 @@ class ReplicaNetwork(AdapterNetwork):
         rows = torch.cat([still, x]) if frozen else x
         return self.backbone.pool(rows.flatten(0, 1))
 
-    def mixtures(self, prefix: Entered) -> Tensor:
-        """(L, K): alpha of each block, for a pass over a prefix or over all parts of one."""
-        return self._mixtures(prefix.tokens)
-
-    def _mixtures(self, like: Tensor) -> Tensor:
-        """Evaluation is not random: the plain mean."""
+    def mixtures(self, like: Tensor) -> Tensor:
+        """(L, K) of the type of `like`: alpha of each block, for a pass over a batch or over all its parts. Evaluation
+        is not random: the plain mean."""
         adapter = self.blocks[0].adapter
         shape = (len(self.blocks), adapter.branches)
         uniform = torch.rand(shape, device=like.device) if adapter.training else like.new_ones(shape)

@@ -219,7 +219,7 @@ class RAA(Learner):
     def _pass_mixtures(self, inputs: Entered) -> Tensor:
         """One draw a pass, for all parts of its batch."""
         if self._mixtures is None or self.progress.part == 0:
-            self._mixtures = self.network.mixtures(inputs)
+            self._mixtures = self.network.mixtures(inputs.tokens)
         return self._mixtures
 
     def _penalty(self, cosines: Tensor, targets: Tensor) -> Tensor:

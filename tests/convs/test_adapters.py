@@ -123,7 +123,7 @@ def stored_network(arrays, amalgam="upstream") -> ReplicaNetwork:
     for layer, adapter in enumerate(adapters):
         adapter.double().load_state_dict(tensors(arrays, f"adapter{layer}.") | {"_extra_state": {"frozen": 0}})
     network = ReplicaNetwork(bare_backbone(model, width), CosineHead, "none", amalgam=amalgam)
-    network._mixtures = lambda like: torch.from_numpy(arrays["alpha"])
+    network.mixtures = lambda like: torch.from_numpy(arrays["alpha"])
     return network
 
 
@@ -161,7 +161,7 @@ def test_shared_work_changes_nothing(amalgam, branches, frozen):
             torch.nn.init.normal_(parameter)
     images, depth = torch.rand(2, 3, 16, 16, dtype=torch.float64), len(adapters)
     alpha = torch.rand(depth, branches, dtype=torch.float64)
-    network._mixtures = lambda like: alpha
+    network.mixtures = lambda like: alpha
     ours = network(network.prefix(images))
     probe = torch.randn_like(ours)
     parameters = [p for adapter in adapters for p in adapter.parameters()]
@@ -205,10 +205,10 @@ def test_mixtures_are_fresh_in_training_and_the_mean_in_evaluation():
     network = ReplicaNetwork(*tiny_parts())
     add_adapters(network.backbone.model, 3, 4, 0.1, 0.1)
     like = torch.zeros(1)
-    first, second = network.train()._mixtures(like), network._mixtures(like)
+    first, second = network.train().mixtures(like), network.mixtures(like)
     assert first.shape == (VIT["depth"], 3) and not torch.equal(first, second)
     assert torch.allclose(first.sum(dim=1), torch.ones(3)) and (first > 0).all()
-    assert torch.allclose(network.eval()._mixtures(like), torch.full((3, 3), 1 / 3))
+    assert torch.allclose(network.eval().mixtures(like), torch.full((3, 3), 1 / 3))
 
 
 def test_dropout_is_that_of_each_branch():

@@ -71,7 +71,7 @@ class Stage:
         self.learner.runtime = ExactRuntime("cpu", "fp32", num_workers=0)
         self.load(manager)
         in_stored_order(monkeypatch)
-        monkeypatch.setattr(type(learner.network), "_mixtures", self.mixtures)
+        monkeypatch.setattr(type(learner.network), "mixtures", self.mixtures)
         monkeypatch.setattr(raa, "margin_cross_entropy", self.loss)
         monkeypatch.setattr(raa, "mean_shift", self.shift)
         monkeypatch.setattr(alignment, "align", self.align)
