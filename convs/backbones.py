@@ -134,6 +134,7 @@ class BackboneMaker:
     """What a learner's `build` receives: called without arguments it makes the run's own backbone, with them another.
 
     restoring: every weight will come from a checkpoint, so no weight file is looked for: it need not be there.
+    fused_attention: leave it to torch's fused kernels; without, two products and a softmax.
     """
 
     def __init__(
@@ -143,9 +144,10 @@ class BackboneMaker:
         image_size: int | None,
         options: WeightOptions = ASKED,
         restoring: bool = False,
+        fused_attention: bool = True,
     ):
         self._own = spec, weights, image_size
-        self._options, self._restoring = options, restoring
+        self._options, self._restoring, self._fused = options, restoring, fused_attention
 
     def __call__(
         self,
@@ -157,7 +159,12 @@ class BackboneMaker:
         """Raises UserError for a name that is not known or weights that do not fit."""
         name, file, size = self._own if spec is None else (spec, weights, image_size)
         how = self._options if spec is None else options
-        return make_backbone(name, "random" if self._restoring else file, size, how)
+        backbone = make_backbone(name, "random" if self._restoring else file, size, how)
+        layer: Any
+        for layer in backbone.modules() if not self._fused else ():
+            if hasattr(layer, "fused_attn"):  # as timm's attentions name it
+                layer.fused_attn = False
+        return backbone
 
 
 def weight_file(text: str) -> Path:

@@ -102,7 +102,7 @@ class PrefixAttention(nn.Module):
         super().__init__()
         for name, child in attention.named_children():
             setattr(self, name, child)
-        self.num_heads, self.head_dim = attention.num_heads, attention.head_dim
+        self.num_heads, self.head_dim, self.fused_attn = attention.num_heads, attention.head_dim, attention.fused_attn
         self.prefix: tuple[Tensor, Tensor] | None = None
         self.train(attention.training)
 
@@ -124,7 +124,7 @@ class PrefixAttention(nn.Module):
         """(B, H, N, d) each -> (B, H, N, d)."""
         if self.prefix is not None:
             k, v = (in_front(own, rows) for own, rows in zip((k, v), self.prefix, strict=True))
-        return F.scaled_dot_product_attention(q, k, v, dropout_p=self.attn_drop.p if self.training else 0.0)
+        return attention(q, k, v, self.fused_attn, self.attn_drop.p if self.training else 0.0)
 
 
 class CompensatedPrefix(PrefixAttention):
@@ -142,13 +142,21 @@ class CompensatedPrefix(PrefixAttention):
         heads = (self.num_heads, self.head_dim)
         pk = (self.key_scale * self.key).unflatten(1, heads).transpose(0, 1).to(k.dtype)  # (H, P, d)
         pv = (self.value_scale * self.value).unflatten(1, heads).transpose(0, 1).to(v.dtype)
-        return compensated_attention(q, k, v, pk, pv)
+        return compensated_attention(q, k, v, pk, pv, self.fused_attn)
 
 
-def compensated_attention(q: Tensor, k: Tensor, v: Tensor, pk: Tensor, pv: Tensor) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, fused: bool, dropout: float = 0.0, scale: float | None = None) -> Tensor:
+    """q (B, H, N, d), k (B, H, M, d), v (B, H, M, e) -> (B, H, N, e). scale: d^-1/2 where none is given."""
+    if fused:
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scale)
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+    return F.dropout((scale * q @ k.mT).softmax(dim=-1), dropout) @ v
+
+
+def compensated_attention(q: Tensor, k: Tensor, v: Tensor, pk: Tensor, pv: Tensor, fused: bool = True) -> Tensor:
     """q, k, v (B, H, N, d), prefix pk, pv (H, P, d) -> (B, H, N, d).
 
-    One fused pass over tokens and prefixes, in which prefixes have the value 0, gives the tokens' part; a channel more,
+    One pass over tokens and prefixes, in which prefixes have the value 0, gives the tokens' part; a channel more,
     1 at the prefixes, gives the sum of their weights. Within the prefixes the division leaves a plain softmax over
     them; only where their sum is below the clamp does something of it remain.
     """
@@ -158,8 +166,8 @@ def compensated_attention(q: Tensor, k: Tensor, v: Tensor, pk: Tensor, pv: Tenso
     values = F.pad(v, (0, LANES, 0, pk.shape[1]))  # (B, H, N + P, d + 8)
     mark = values.new_zeros(values.shape[2:])
     mark[tokens:, v.shape[-1]] = 1
-    joint = F.scaled_dot_product_attention(
-        F.pad(q, (0, LANES)), F.pad(keys, (0, LANES)), values + mark, scale=scale
+    joint = attention(
+        F.pad(q, (0, LANES)), F.pad(keys, (0, LANES)), values + mark, fused, scale=scale
     )  # (B, H, N, d + 8)
     share = joint[..., v.shape[-1], None].clamp(max=SMALLEST_SUM) / SMALLEST_SUM
     own = (scale * q @ pk.mT).softmax(dim=-1) @ pv

@@ -130,5 +130,7 @@ def build_learner(config: RunConfig, runtime: Runtime, task: TaskInfo, restoring
     """
     learner = learner_class(config.model_name)(config, runtime, task)
     options = WeightOptions(config.weights_entry, config.resample_patch)
-    learner.build(BackboneMaker(config.backbone, config.weights, config.image_size, options, restoring))
+    learner.build(
+        BackboneMaker(config.backbone, config.weights, config.image_size, options, restoring, runtime.fused_attention)
+    )
     return learner.to(runtime.device)

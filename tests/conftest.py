@@ -101,7 +101,7 @@ TRAINING_KEYS = set(TrainConfig.model_fields) - set(RunConfig.model_fields)
 def build_tiny(tmp_path: Path, model_name: str = "finetune", **keys: Any):
     """(DataManager, Learner) of `tiny_values`, seeded."""
     config = config_from(tiny_values(tmp_path, model_name, **keys), source="test")
-    runtime = Runtime("cpu", "fp32", num_workers=0)
+    runtime = Runtime("cpu", keys.get("precision", "fp32"), num_workers=0)
     manager = DataManager(config, image_size=16)
     torch.manual_seed(0)
     return manager, build_learner(config, runtime, manager[0].info)

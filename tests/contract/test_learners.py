@@ -56,6 +56,21 @@ def test_learns_and_counts_every_test_image_once(stream):
     assert accuracy > 60, "flat colours with the task known are easy: chance is 33 to 50"
 
 
+def test_bf16_on_a_cpu_leaves_no_attention_to_fused_kernels(learner_name, tmp_path, monkeypatch):
+    """Their backward pass is what a step would wait for; whatever a learner puts in a block does without."""
+    if "class" not in learner_class(learner_name).streams:
+        pytest.skip("takes no class-incremental stream")
+
+    def fused(*inputs, **options):
+        raise AssertionError("the fused kernel was asked")
+
+    manager, learner = build_tiny(tmp_path, learner_name, precision="bf16", increment=2, epochs=1)
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", fused)
+    for task in manager[:2]:
+        learn(learner, task)
+        evaluate(learner, manager[: task.index + 1])
+
+
 # What these keep of a class, with their example's keys, is no mean of features that evaluation computes.
 STORE_NO_MEANS = {
     "finetune", "joint", "lwf", "ewc", "derpp", "lae", "l2p", "dualprompt", "coda_prompt", "hcl", "ranpac",

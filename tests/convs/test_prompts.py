@@ -106,6 +106,8 @@ def test_prefixes_are_keys_and_values_in_front_of_the_tokens():
     weights = (q @ k.mT / math.sqrt(8)).softmax(dim=-1)
     expected = attention.proj((weights @ v).transpose(1, 2).reshape(2, 5, 16))
     torch.testing.assert_close(attention(x), expected, atol=1e-12, rtol=0)
+    attention.fused_attn = False
+    torch.testing.assert_close(attention(x), expected, atol=1e-12, rtol=0)
     with pytest.raises(NotImplementedError, match="do not go together"):
         attention(x, is_causal=True)
 
@@ -119,7 +121,8 @@ def test_compensation_by_the_formula():
     own, prefix = weights.split([5, 3], dim=-1)
     assert (prefix.sum(dim=-1) < 1e-12).any() and (prefix.sum(dim=-1) > 1e-3).any()
     expected = own @ v + prefix / prefix.sum(dim=-1, keepdim=True).clamp(min=1e-12) @ pv
-    torch.testing.assert_close(compensated_attention(q, k, v, pk, pv), expected, atol=1e-12, rtol=0)
+    for fused in (True, False):
+        torch.testing.assert_close(compensated_attention(q, k, v, pk, pv, fused), expected, atol=1e-12, rtol=0)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

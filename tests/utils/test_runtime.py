@@ -63,7 +63,12 @@ def test_fp32_is_fp32_in_convolutions_too(precision, fewer_bits, card):
     torch.backends.cudnn.allow_tf32 = not fewer_bits
     made = Runtime("cuda", precision)
     assert torch.backends.cuda.matmul.allow_tf32 == torch.backends.cudnn.allow_tf32 == fewer_bits
-    assert (made.autocast_dtype is None) == (precision != "bf16")
+    assert (made.autocast_dtype is None) == (precision != "bf16") and made.fused_attention
+
+
+@pytest.mark.parametrize(("precision", "fused"), [("fp32", True), ("auto", True), ("bf16", False)])
+def test_attention_is_fused_where_that_is_faster(precision, fused):
+    assert Runtime("cpu", precision).fused_attention == fused
 
 
 @pytest.mark.parametrize(("capability", "dtype"), [((7, 0), None), ((7, 5), None), ((8, 0), torch.bfloat16)])
