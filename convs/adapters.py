@@ -108,8 +108,10 @@ class BranchedAdapter(nn.Module):
         amalgam's stream, read by "parameter", whose mean gives frozen branches no gradient.
         """
         if kind == "upstream":
-            first, *others = [weight * output for weight, output in zip(alpha, outputs, strict=True)]
-            return sum(others, start=first)
+            mixed = alpha[0] * outputs[0]
+            for weight, output in zip(alpha[1:], outputs[1:], strict=True):
+                mixed = torch.addcmul(mixed, weight, output)
+            return mixed
         down_w, down_b, up_w, up_b = (
             torch.tensordot(alpha, torch.cat([p[: self.frozen].detach(), p[self.frozen :]]), dims=1)
             for p in self._tensors()

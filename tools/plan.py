@@ -182,7 +182,7 @@ def _memory_bytes(learner: Learner, stage: Stage, trainable: list[nn.Parameter])
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), learner.runtime.autocast():
         inputs, labels = learner.prepare(*learner.runtime.to_device(images, targets))
         learner.loss(getattr(learner, stage.module), inputs, labels)
-    copies = [c for m in learner.modules() if (c := getattr(m, "low_precision", None)) is not None]
+    copies = [c for m in learner.modules() for c in getattr(m, "low_precision", {}).values()]
     own |= {copy.untyped_storage().data_ptr() for copy in copies}
     numbers += sum(copy.numel() * copy.element_size() for copy in copies)
     activations = sum(size for pointer, size in kept.items() if pointer not in own)

@@ -146,14 +146,11 @@ def damping_factors(down: list[Tensor], ascent: list[Tensor], damping: float) ->
 
     1 - c is half the squared distance of the two unit vectors: exact near c = 1, the only place where k < 1.
     """
-    sizes = [torch.stack(torch._foreach_norm(vectors)) for vectors in (down, ascent)]
-    smallest = torch.finfo(sizes[0].dtype).tiny
-    units = [
-        scaled(vectors, size.clamp(min=smallest).reciprocal())
-        for vectors, size in zip((down, ascent), sizes, strict=True)
-    ]
-    gap = torch.stack(torch._foreach_norm(torch._foreach_sub(*units))).square() / 2  # 1 - c
-    gap = torch.where((sizes[0] > 0) & (sizes[1] > 0), gap, torch.ones_like(gap))
+    pairs, count = [*down, *ascent], len(down)
+    sizes = torch.stack(torch._foreach_norm(pairs))
+    units = scaled(pairs, sizes.clamp(min=torch.finfo(sizes.dtype).tiny).reciprocal())
+    gap = torch.stack(torch._foreach_norm(torch._foreach_sub(units[:count], units[count:]))).square() / 2  # 1 - c
+    gap = torch.where((sizes[:count] > 0) & (sizes[count:] > 0), gap, torch.ones_like(gap))
     return (-damping * torch.expm1(-gap)).clamp(max=1)
 
 

@@ -29,37 +29,38 @@ def plain(layer: CastOnceLinear) -> nn.Linear:
 def test_the_copy_stays_between_passes_and_changes_no_number(layer):
     x = torch.randn(3, 8, requires_grad=True)
     first = run(layer, x)
-    kept = layer.low_precision
-    assert kept is not None
+    kept = dict(layer.low_precision)
+    assert set(kept) == {"weight", "bias"}
     assert torch.equal(run(layer, x), first)
-    assert layer.low_precision is kept
+    assert all(layer.low_precision[name] is kept[name] for name in kept)
     assert torch.equal(first, run(plain(layer), x))
     assert torch.equal(torch.autograd.grad(first.sum(), x)[0], torch.autograd.grad(run(plain(layer), x).sum(), x)[0])
 
 
-def write_in_place(layer):
+def write_in_place(layer, name):
     with torch.no_grad():
-        layer.weight.add_(1)
+        getattr(layer, name).add_(1)
 
 
-def load(layer):
-    layer.load_state_dict({name: value + 1 for name, value in layer.state_dict().items()})
+def load(layer, name):
+    layer.load_state_dict({key: value + (key == name) for key, value in layer.state_dict().items()})
 
 
-def replace(layer):
-    layer.weight = nn.Parameter(layer.weight + 1, requires_grad=False)
+def replace(layer, name):
+    setattr(layer, name, nn.Parameter(getattr(layer, name) + 1, requires_grad=False))
 
 
-def write_to_a_view(layer):
+def write_to_a_view(layer, name):
     with torch.no_grad():
-        layer.weight[2:].copy_(layer.weight[2:] + 1)
+        getattr(layer, name)[2:].add_(1)
 
 
+@pytest.mark.parametrize("name", ["weight", "bias"])
 @pytest.mark.parametrize("change", [write_in_place, load, replace, write_to_a_view])
-def test_a_weight_that_was_written_to_is_cast_again(layer, change):
+def test_what_was_written_to_is_cast_again(layer, change, name):
     x = torch.randn(3, 8)
     before = run(layer, x)
-    change(layer)
+    change(layer, name)
     assert torch.equal(run(layer, x), run(plain(layer), x))
     assert not torch.equal(run(layer, x), before)
 
@@ -70,18 +71,24 @@ def test_a_copied_layer_does_not_take_the_copy_of_a_weight_that_has_moved_on(lay
     with torch.no_grad():
         layer.weight.add_(1)
     other = copy.deepcopy(layer)
-    assert other.low_precision is None
+    assert not other.low_precision
     assert torch.equal(run(other, x), run(plain(layer), x))
 
 
 def test_a_weight_that_trains_and_full_precision_keep_no_copy(layer):
     x = torch.randn(3, 8)
     layer(x)
-    assert layer.low_precision is None
+    assert not layer.low_precision
     layer.requires_grad_(True)
     run(layer, x).sum().backward()
-    assert layer.low_precision is None
+    assert not layer.low_precision
     assert layer.weight.grad is not None
+
+
+def test_a_bias_that_trains_beside_a_frozen_weight_gets_its_gradient(layer):
+    layer.bias.requires_grad_(True)
+    run(layer, torch.randn(3, 8)).sum().backward()
+    assert set(layer.low_precision) == {"weight"} and layer.bias.grad is not None
 
 
 def test_a_copy_made_in_inference_serves_training(layer):

@@ -45,7 +45,7 @@ def test_the_low_precision_copies_of_frozen_weights_are_counted_once(tmp_path):
     for batch_size in (4, 8):
         learner.config = learner.config.model_copy(update={"batch_size": batch_size})
         counted = _memory_bytes(learner, learner.stage, trainable)
-        copies = [c for m in learner.modules() if (c := getattr(m, "low_precision", None)) is not None]
+        copies = [c for m in learner.modules() for c in getattr(m, "low_precision", {}).values()]
         held = sum(c.numel() * c.element_size() for c in copies)
         weights = 4 * sum(p.numel() for p in learner.parameters())
         assert held > 0
