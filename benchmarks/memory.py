@@ -99,8 +99,11 @@ def measured(name: str, keys: dict[str, Any], depth: int) -> tuple[np.ndarray, i
     return np.array(found), most
 
 
-def row(name: str) -> str:
-    """One line of the table: of a learner, or of one of the `VARIANTS`."""
+HEADS = ["bytes a class", "bytes a task", "whatever the stream", "images, as papers count them"]
+
+
+def figures(name: str) -> list[str]:
+    """The cells of a learner, or of one of the `VARIANTS`, as `HEADS` names them."""
     (one, most), (two, _) = (measured(*VARIANTS.get(name, (name, {})), depth) for depth in DEPTHS)
     found = one + (DEPTH - DEPTHS[0]) * (two - one)
     steps = np.diff(found)
@@ -111,7 +114,7 @@ def row(name: str) -> str:
     if round(steps[3] - by_task - by_class * SIZES[4]):  # classes times tasks, or what the data decide
         shown = ["", f"{min(steps[1:]):,} to {max(steps[1:]):,}", f"{found[1]:,} after task 2"]
     kept = f"{most:,} ({most * IMAGE / 1e6:,.0f} MB)" if most else ""
-    return f"| {name} | {' | '.join(shown)} | {kept} |"
+    return [*shown, kept]
 
 
 def main() -> None:
@@ -119,10 +122,9 @@ def main() -> None:
     parse.add_argument("learners", nargs="*", metavar="LEARNER", help="default: all")
     warnings.simplefilter("ignore")
     logging.disable()
-    print("| learner | bytes a class | bytes a task | whatever the stream | images, as papers count them |")
-    print("|---|---|---|---|---|")
+    print(f"| {' | '.join(['learner', *HEADS])} |\n{'|---' * (1 + len(HEADS))}|")
     for name in parse.parse_args().learners or [*LEARNERS, *VARIANTS]:
-        print(row(name), flush=True)
+        print(f"| {' | '.join([name, *figures(name)])} |", flush=True)
 
 
 if __name__ == "__main__":

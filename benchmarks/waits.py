@@ -12,9 +12,11 @@ import tempfile
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import torch
+from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.bare import bare_step
@@ -68,8 +70,12 @@ class Kernels(Steps):
         self._before = now
 
 
-def row(name: str, folder: Path, depth: int) -> str:
-    """One line of the table."""
+HEADS = ["waits a step", "undeclared", "an epoch", "an evaluation", "kernels a step", "over bare"]
+HEADS += ["arithmetic over bare", "loaders an evaluation", "meant"]
+
+
+def figures(name: str, folder: Path, depth: int = 12) -> list[str]:
+    """The cells of a learner, as `HEADS` names them."""
     backbone = tiny_values(folder, name)["backbone"]
     config, runtime = build(folder, name, {"backbone": backbone | {"depth": depth}} if "depth" in backbone else {})
     with FlopCounterMode(display=False) as flops, pretended() as recorder:
@@ -81,7 +87,8 @@ def row(name: str, folder: Path, depth: int) -> str:
             watched.append(Kernels(recorder, learner, task, flops))
             learn(learner, task, watched[-1])
             before = recorder.waits().total()
-            evaluate(learner, manager[: task.index + 1])
+            with patch("data.loading.DataLoader", wraps=DataLoader) as opened:
+                evaluate(learner, manager[: task.index + 1])
             passed = recorder.waits().total() - before
     steps = [waits for one in watched for waits in one.steps[1:]]
     most = max((waits.total() for waits in steps), default=0)
@@ -91,18 +98,19 @@ def row(name: str, folder: Path, depth: int) -> str:
         places.setdefault(why, []).append(what)
     declared = "; ".join(f"{', '.join(where)}: {why}" for why, where in places.items())
     per_epoch = max((count for one in watched for count in one.epochs[1:]), default=0)
-    return f"| {name} | {most} | {wrong} | {per_epoch} | {passed} | {kernels(watched)} | {declared} |"
+    counts = map(str, (most, wrong, per_epoch, passed))
+    return [*counts, *kernels(watched), str(opened.call_count), declared]
 
 
-def kernels(watched: Sequence[Kernels]) -> str:
+def kernels(watched: Sequence[Kernels]) -> list[str]:
     """Of a step of the last task that trains, and beside a bare one: kernels, arithmetic."""
     trained = [one for one in watched if one.counts]
     if not trained:
-        return "- | - | -"
+        return ["-"] * 3
     last = trained[-1]
     mean = np.mean(last.counts[1:], axis=0)
     times, work = mean / last.bare
-    return f"{mean[0]:.0f} | {times:.2f} | {work:.2f}"
+    return [f"{mean[0]:.0f}", f"{times:.2f}", f"{work:.2f}"]
 
 
 def main() -> None:
@@ -110,13 +118,11 @@ def main() -> None:
     parse.add_argument("learners", nargs="*", metavar="LEARNER", help="default: all")
     parse.add_argument("--depth", type=int, default=12, help="blocks of the tiny ViT")
     warnings.simplefilter("ignore")
-    heads = ["learner", "waits a step", "undeclared", "an epoch", "an evaluation"]
-    heads += ["kernels a step", "over bare", "arithmetic over bare", "meant"]
-    print(f"| {' | '.join(heads)} |\n{'|---' * len(heads)}|")
+    print(f"| {' | '.join(['learner', *HEADS])} |\n{'|---' * (1 + len(HEADS))}|")
     options = parse.parse_args()
     for name in options.learners or LEARNERS:
         with tempfile.TemporaryDirectory() as folder:
-            print(row(name, Path(folder), options.depth), flush=True)
+            print(f"| {' | '.join([name, *figures(name, Path(folder), options.depth)])} |", flush=True)
 
 
 if __name__ == "__main__":
