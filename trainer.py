@@ -132,7 +132,7 @@ class SeedRun(Observer):
         self.started = self.saved_at = time.perf_counter()
         self.total_before = 0.0
         if getattr(config, "accumulate", 1) > 1:  # what later networks refuse is said before the first is trained
-            for later in self.manager[1 : len(getattr(config, "networks", None) or ())]:
+            for later in self.manager[1 : config.architectures]:
                 seeded_learner(config, runtime, later)
         self.learner = self._resumed() if self.checkpoint.is_file() else self._fresh()
         refuse_stream(self.learner, self.manager)

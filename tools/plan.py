@@ -55,7 +55,7 @@ def _try_networks(config: RunConfig, manager: DataManager, learner: Learner) -> 
         learner.make_optimizer()
     pixels = _pixels(learner, manager)
     _try(learner, pixels)
-    for task in manager[1 : len(getattr(config, "networks", None) or ())]:
+    for task in manager[1 : config.architectures]:
         _try(trainer.seeded_learner(config, learner.runtime, task), pixels)
     learner.eval()
 

@@ -235,6 +235,11 @@ class RunConfig(BaseModel):
         return False
 
     @property
+    def architectures(self) -> int:
+        """Leading tasks whose networks are not all of one kind: what each refuses is said before the run."""
+        return 1
+
+    @property
     def recipes(self) -> dict[Literal["train", "test"], str]:
         """Names of the transforms of training and of test images."""
         return {"train": self.test_transform, "test": self.test_transform}

@@ -108,6 +108,10 @@ class HCLConfig(TrainConfig):
         ]
         return super().implied() | values | ({"validation": 0.1} if chosen[0] != "last" and chosen[1] == "val" else {})
 
+    @property
+    def architectures(self) -> int:
+        return len(self.networks or ()) or 1
+
     def faults(self) -> Iterator[tuple[str, str]]:
         yield from super().faults()
         if self.memory_transform not in BATCHED:
