@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from models.raa import shift
 from models.raa.shift import FeaturesBefore, mean_shift
 from tests.conftest import reference
 
@@ -29,6 +30,16 @@ def test_a_mean_goes_with_the_images_around_it_and_a_far_one_with_all():
     found = mean_shift(means, before, after, sigma=1.0)
     assert torch.allclose(found, torch.tensor([[1.0, 0.0], [0.0, 2.0], [0.5, 1.0]]).double(), atol=1e-4)
     assert torch.equal(means[0], torch.zeros(2).double())
+
+
+@pytest.mark.parametrize("rows", [1, 3, 7, 8])
+def test_blocks_of_images_change_nothing(rows, monkeypatch):
+    torch.manual_seed(0)
+    means, before = torch.randn(4, 5, dtype=torch.float64), torch.randn(7, 5)
+    after = before + torch.randn(7, 5)
+    whole = mean_shift(means, before, after, 1.0)
+    monkeypatch.setattr(shift, "ROWS", rows)
+    torch.testing.assert_close(mean_shift(means, before, after, 1.0), whole, rtol=1e-12, atol=1e-12)
 
 
 def test_kept_features_survive_a_checkpoint():
