@@ -64,9 +64,16 @@ class LAE(Learner):
         adapt_blocks: tuple[Whole, ...] = key((0, 1, 2, 3, 4), "numbers of the blocks", min_length=1)
         freeze_epochs: Whole = key(3, "first epochs of a later task in which the head alone trains")
         freeze_first: bool = key(False, "let the modules rest in the first task too", only={"freeze_epochs": GIVEN})
-        ema: Annotated[float, Field(ge=0, le=1)] = key(0.9999, "d, decay of the offline copy")
+        answer: Literal["surer", "online", "offline"] = key(
+            "surer", "class by class the larger probability of modules and offline copy, or one of the two alone"
+        )
+        ema: Annotated[float, Field(ge=0, le=1)] = key(
+            0.9999, "d, decay of the offline copy", only={"answer": ("surer", "offline")}
+        )
         offline_start: Literal["trained", "drawn"] = key(
-            "trained", "the offline copy begins after the first task, or before it"
+            "trained",
+            "the offline copy begins after the first task, or before it",
+            only={"answer": ("surer", "offline")},
         )
         head: Literal["per_task", "one"] = key("per_task", "a head for each task, or one for all classes")
         batch_size: Count = redefault(TrainConfig, "batch_size", 24)
@@ -101,7 +108,7 @@ class LAE(Learner):
         size = config.pet_size or SIZES[config.pet]
         self._names = list(add_pet(self.network.backbone.model, config.pet, config.adapt_blocks, size))
         self.offline = OfflineCopy([parameter.shape for parameter in self._online()])
-        if config.offline_start == "drawn":
+        if config.offline_start == "drawn" and config.answer != "online":
             self.offline.start(self._online())
 
     def train(self, mode: bool = True) -> "LAE":
@@ -114,7 +121,7 @@ class LAE(Learner):
         head.grow(task.total_classes)
         if isinstance(head, TaskHeads) and new:
             nn.init.normal_(head.heads[-1].get_parameter("weight"), std=HEAD_STD)
-        if task.index == 1 and self.config.offline_start == "trained":
+        if task.index == 1 and self.config.offline_start == "trained" and self.config.answer != "online":
             self.offline.start(self._online())
 
     def loss(self, net: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
@@ -133,12 +140,12 @@ class LAE(Learner):
 
     def predict(self, images: Tensor | None, frozen: Mapping[str, Tensor]) -> Tensor:
         assert images is not None
-        online = self.network(images)
         if not len(self.offline.vector):
-            return online.softmax(dim=1)
+            return self.network(images).softmax(dim=1)
         names = [f"backbone.model.{name}" for name in self._names]
         weights = dict(zip(names, self.offline.tensors(), strict=True))
-        return surer(online, functional_call(self.network, weights, (images,)))
+        offline = functional_call(self.network, weights, (images,))
+        return surer(self.network(images), offline) if self.config.answer == "surer" else offline.softmax(dim=1)
 
     def _online(self) -> list[nn.Parameter]:
         return [self.network.backbone.model.get_parameter(name) for name in self._names]

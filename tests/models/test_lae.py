@@ -99,6 +99,23 @@ def test_the_first_task_answers_alone_and_rests_not(tmp_path):
     assert all(torch.allclose(a, b) for a, b in zip(trained, learner.offline.tensors(), strict=True))
 
 
+def test_one_of_the_two_may_answer_alone(tmp_path):
+    keys = {"pet_size": 2, "adapt_blocks": [0, 1], "epochs": 2, "freeze_epochs": 0, "lrate": 0.01, "optimizer": None}
+    images, answers = torch.rand(3, 3, 16, 16), {}
+    for answer in ("surer", "online", "offline"):
+        ema = None if answer == "online" else 0.9
+        manager, learner = build_tiny(tmp_path, "lae", answer=answer, ema=ema, **keys)
+        for task in manager[:2]:
+            torch.manual_seed(task.index)
+            learn(learner, task)
+        answers[answer] = learner.predict(images, {})
+        assert bool(len(learner.offline.vector)) == (answer != "online")
+    assert not torch.equal(answers["online"], answers["offline"])
+    assert torch.equal(answers["surer"], torch.maximum(answers["online"], answers["offline"]))
+    with pytest.raises(ConfigError, match="ema"):
+        build_tiny(tmp_path, "lae", answer="online", ema=0.9)
+
+
 def test_upstream_of_two_references(tmp_path):
     def config(**keys):
         return config_from(tiny_values(tmp_path, "lae", **keys), "test")
