@@ -4,7 +4,9 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
+from torch.func import functional_call, vmap
 
 from convs.cast_once import CastOnceLinear, cast_frozen_once
 
@@ -55,14 +57,113 @@ def write_to_a_view(layer, name):
         getattr(layer, name)[2:].add_(1)
 
 
+def load_other_tensors(layer, name):
+    layer.load_state_dict({key: value + (key == name) for key, value in layer.state_dict().items()}, assign=True)
+
+
+def write_behind_autograd(layer, name):
+    getattr(layer, name).data.add_(1)
+
+
+def exchange_the_memory(layer, name):
+    """Twice: the second may get the address of the first."""
+    for shift in (2, -1):
+        getattr(layer, name).data = getattr(layer, name).data + shift
+
+
+def average(layer, name):
+    """As teachers follow: mostly written with `.data`."""
+    own = getattr(layer, name)
+    own.data.mul_(0.5).add_(own.data + 1, alpha=0.5).add_(0.5)
+
+
+def write_many(layer, name):
+    with torch.no_grad():
+        torch._foreach_lerp_([getattr(layer, name)], [torch.full_like(getattr(layer, name), 3.0)], 0.5)
+
+
+def write_in_inference(layer, name):
+    with torch.inference_mode():
+        getattr(layer, name).add_(1)
+
+
+def swap(layer, name):
+    own = getattr(layer, name)
+    torch.utils.swap_tensors(own, nn.Parameter(own.detach() + 1, requires_grad=False))
+
+
+def write_through_another_layer(layer, name):
+    """Which reads its new values before this one does."""
+    other = CastOnceLinear(layer)
+    run(other, torch.randn(2, 8))
+    getattr(other, name).data.add_(1)
+    run(other, torch.randn(2, 8))
+
+
+CHANGES = [
+    write_in_place, load, load_other_tensors, replace, write_to_a_view, write_behind_autograd, exchange_the_memory,
+    average, write_many, write_in_inference, swap, write_through_another_layer,
+]  # fmt: skip
+
+
 @pytest.mark.parametrize("name", ["weight", "bias"])
-@pytest.mark.parametrize("change", [write_in_place, load, replace, write_to_a_view])
+@pytest.mark.parametrize("change", CHANGES)
 def test_what_was_written_to_is_cast_again(layer, change, name):
     x = torch.randn(3, 8)
     before = run(layer, x)
     change(layer, name)
     assert torch.equal(run(layer, x), run(plain(layer), x))
     assert not torch.equal(run(layer, x), before)
+
+
+def on_meta(layer):
+    return layer.to("meta")
+
+
+def doubled(layer):
+    return layer.double()
+
+
+def halved(layer):
+    return layer.half()
+
+
+def made_in_inference(layer):
+    with torch.inference_mode():
+        return CastOnceLinear(nn.Linear(8, 4)).requires_grad_(False)
+
+
+def copied_in_inference(layer):
+    with torch.inference_mode():
+        return copy.deepcopy(layer)
+
+
+def parametrised(layer):
+    torch.nn.utils.parametrizations.weight_norm(layer)
+    return layer.requires_grad_(False)
+
+
+@pytest.mark.parametrize("make", [on_meta, doubled, halved, made_in_inference, copied_in_inference, parametrised])
+def test_a_layer_answers_wherever_a_plain_one_does(make, layer):
+    """float64 is left alone by autocast, and some tensors count no writes."""
+    made = make(layer)
+    x = torch.randn(3, 8).to(device=made.bias.device, dtype=made.bias.dtype)
+    with torch.inference_mode(made.bias.is_inference()):
+        found, expected = run(made, x), torch.autocast("cpu", torch.bfloat16)(F.linear)(x, made.weight, made.bias)
+    assert found.dtype == expected.dtype and found.shape == expected.shape
+    assert found.is_meta or torch.equal(found, expected)
+
+
+def test_other_tensors_may_stand_in_the_place_of_parameters_for_a_while(layer):
+    x = torch.randn(3, 8)
+    before = run(layer, x)
+    several = {name: torch.stack([value, value + 1]) for name, value in layer.state_dict().items()}
+    answers = []
+    for module in (layer, plain(layer)):
+        with torch.autocast("cpu", torch.bfloat16):
+            answers.append(vmap(lambda values, module=module: functional_call(module, values, (x,)))(several))
+    assert torch.equal(*answers)
+    assert torch.equal(run(layer, x), before)
 
 
 def test_a_copied_layer_does_not_take_the_copy_of_a_weight_that_has_moved_on(layer):
