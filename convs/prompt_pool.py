@@ -188,11 +188,10 @@ class DualPrefixes(PrefixNetwork):
     def laid_out(self, chosen: Tensor) -> Tensor:
         """Entries chosen (B, k) -> (E, B, 2, k n, H, d). `reshaped`: the published ports do not move the axes, so keys,
         values and rows of the batch mix."""
-        raw = self.e_prompts[:, :, chosen]  # (E, 2, B, k, n, H, d)
-        sets, _, batch = raw.shape[:3]
+        raw = self.e_prompts[:, :, chosen].flatten(3, 4)  # (E, 2, B, k n, H, d)
         if not self.reshaped:
-            raw = raw.transpose(1, 2)
-        return raw.reshape(sets, batch, 2, -1, *self.shape)
+            return raw.transpose(1, 2)
+        return raw.flatten(1, 2).unflatten(1, (len(chosen), 2))
 
     def features(self, images: Tensor) -> Tensor:
         asked = self.ask(images)

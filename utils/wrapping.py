@@ -8,6 +8,7 @@ import torch
 from timm.layers import PatchEmbed
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_map_only
 
 
 class WrappedNetwork(nn.Module):
@@ -16,8 +17,9 @@ class WrappedNetwork(nn.Module):
     shared: under DDP, with the other processes. Whether the loss leaves parameters out is seen in the first backward
     pass: DDP looks for them in every pass until `settle` finds that there are none.
     compiled: by torch.compile, once. The number of images is left open, so that an epoch's smaller last batch needs no
-    compilation of its own; a batch of one, which torch always compiles apart, is computed as it is. In several
-    processes from the second step on.
+    compilation of its own; a batch of one, which torch always compiles apart, is computed as it is. Tensors are made
+    contiguous, since slices of a batch would be compiled for beside whole ones. In several processes from the second
+    step on.
     channels_last: weights and images in this layout; no value changes.
     """
 
@@ -32,11 +34,15 @@ class WrappedNetwork(nn.Module):
         self._compiled: Any = self._compile() if compiled and not shared else None
 
     def forward(self, *arguments: Any, **options: Any) -> Any:
-        if self._channels_last:
-            arguments = tuple(_channels_last(value) for value in arguments)
+        if self._channels_last or self._compiled is not None:
+            arguments = tree_map_only(Tensor, self._laid_out, arguments)
         if self._compiled is None or not _open_rows(arguments):
             return self._called(*arguments, **options)
         return self._compiled(*arguments, **options)
+
+    def _laid_out(self, value: Tensor) -> Tensor:
+        images = self._channels_last and value.dim() == 4
+        return value.contiguous(memory_format=torch.channels_last if images else torch.contiguous_format)
 
     def no_sync(self) -> AbstractContextManager[None]:
         """Inside, gradients stay with their process."""
@@ -90,8 +96,3 @@ def _tensors(value: Any) -> Iterator[Tensor]:
             yield from _tensors(item)
     elif isinstance(value, Mapping):
         yield from _tensors(list(value.values()))
-
-
-def _channels_last(value: Any) -> Any:
-    images = isinstance(value, Tensor) and value.dim() == 4
-    return value.contiguous(memory_format=torch.channels_last) if images else value

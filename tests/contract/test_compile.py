@@ -65,6 +65,21 @@ def test_every_learner_compiles_once_a_stage(learner_name, tmp_path, monkeypatch
     check(tmp_path, monkeypatch, learner_name, **keys)
 
 
+# Learners whose step calls the network several times, with slices of a batch and with draws from elsewhere; rows that
+# mix.
+CALLS = [
+    ("hcl", {"variant": "distilbuf", "backbone": ONE_BLOCK}),
+    ("hcl", {"variant": "qdi", "synthetic_size": 3, "inversion_steps": 2, "backbone": ONE_BLOCK}),
+    ("derpp", {"upstream": True, "backbone": ONE_BLOCK}),
+    ("dualprompt", {"upstream": True}),
+]
+
+
+@pytest.mark.parametrize(("name", "keys"), CALLS)
+def test_whatever_the_network_is_called_with_it_is_compiled_once(name, keys, tmp_path, monkeypatch):
+    check(tmp_path, monkeypatch, name, **keys)
+
+
 @pytest.mark.parametrize(
     "keys", [{"sam": SAM}, {"sam": SAM, **RESNET}, {"accumulate": 3}], ids=["vit", "norms", "parts"]
 )
