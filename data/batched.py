@@ -225,6 +225,10 @@ class Resident:
         self._images = images
         self._placed: Tensor | None = None
 
+    @property
+    def nbytes(self) -> int:
+        return self._images.nbytes
+
     def on(self, device: torch.device) -> Tensor:
         """Raises DataError when the array does not fit on the device (D19)."""
         if self._placed is None or self._placed.device != device:

@@ -244,12 +244,13 @@ class RunConfig(BaseModel):
         """Names of the transforms of training and of test images."""
         return {"train": self.test_transform, "test": self.test_transform}
 
-    def settled(self, augment_on: str) -> "RunConfig":
-        """With what "auto" turned out to mean in a run; no key that the user named."""
-        if self.augment_on != "auto":
+    def settled(self, augment_on: str, named: bool | None = None) -> "RunConfig":
+        """With what "auto" turned out to mean in a run; no key that the user named. named: whether it was one when the
+        run began; whoever names the same place now, or no longer does, goes on with that run."""
+        if self.augment_on != "auto" and (named is None or self.augment_on != augment_on):
             return self
         config = self.model_copy(update={"augment_on": augment_on})
-        config._written = self._written - {"augment_on"}
+        config._written = self._written - {"augment_on"} | ({"augment_on"} if named else set())
         return config
 
     def same_run(self, other: Mapping[str, Any]) -> list[str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from utils import checkpoint
-from utils.config import RunConfig
+from utils.config import WRITTEN, RunConfig
 from utils.errors import UserError
 from utils.plots import plot_seeds
 from utils.results import summarise_seeds, summary_text, write_json, write_text
@@ -133,9 +133,9 @@ def claim(folder: Path, config: RunConfig, resume: bool, repair: bool = True) ->
 
 def as_begun(folder: Path, config: RunConfig) -> RunConfig:
     """With what "auto" meant when the run in this folder began, so that it goes on as it was on another machine."""
-    saved, _ = _saved_config(folder)
-    begun = None if saved is None else saved.get("augment_on")
-    return config.settled(begun) if begun in ("host", "device") else config
+    saved = _saved_config(folder)[0] or {}
+    begun, named = saved.get("augment_on"), "augment_on" in (saved.get(WRITTEN) or ())
+    return config.settled(begun, named) if begun in ("host", "device") else config
 
 
 def refuse_foreign(folder: Path) -> None:

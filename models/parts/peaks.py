@@ -1,6 +1,7 @@
 """The peak of memory in what surrounds training, before a run: a pass of two images, and what parts answer beforehand.
 
-    held         weights, buffers, and what parts will hold once the whole stream has been learned
+    held         weights, buffers, and what parts will hold once the whole stream has been learned; on a card also the
+                 images that lie there ("augment_on": "device")
     statistics   held + a pass without gradients + what parts take for a while
     alignment    held + what parts take for a while
     evaluation   held + frozen values and scores of a batch + on a CPU the values that are stored of test images
@@ -91,7 +92,14 @@ def held_bytes(learner: "Learner", tasks: Sequence[Task]) -> int:
     now = sum(value.numel() * value.element_size() for value in (*learner.parameters(), *learner.buffers()))
     owners = list(answering(learner))
     known = [getattr(owner, "held_bytes", getattr(owner, "expected_bytes", None)) for owner in owners]
-    return now + sum(answer(tasks) for answer in known if answer is not None)
+    return now + resident_bytes(learner, tasks) + sum(answer(tasks) for answer in known if answer is not None)
+
+
+def resident_bytes(learner: "Learner", tasks: Sequence[Task]) -> int:
+    """Of the data set's images on a card; a CPU reads them where they are."""
+    halves = [half for task in tasks for half in (task.train, task.test)]
+    found = {id(half.resident): half.resident.nbytes for half in halves if half.resident is not None}
+    return 0 if learner.runtime.device.type == "cpu" else sum(found.values())
 
 
 def passing_bytes(learner: "Learner", tasks: Sequence[Task]) -> Counter[str]:
@@ -114,10 +122,8 @@ def shortage(needed: dict[str, int], learner: "Learner") -> str | None:
         return None
     ways = dict.fromkeys(WAYS[stage] for stage in short if WAYS[stage] in type(learner.config).model_fields)
     most = max(needed[stage] for stage in short)
-    return (
-        f"{' and '.join(short)} need up to {most / 2**20:,.0f} MiB, more than the {room / 2**20:,.0f} MiB of {device}: "
-        f"lower {' and '.join(ways)}"
-    )
+    need = f"{' and '.join(short)} {'needs' if len(short) == 1 else 'need'} up to {most / 2**20:,.0f} MiB"
+    return f"{need}, more than the {room / 2**20:,.0f} MiB of {device}: lower {' and '.join(ways)}"
 
 
 def largest(tasks: Sequence[Task]) -> tuple[int, int]:

@@ -210,6 +210,33 @@ def test_a_run_goes_on_where_its_images_were_made(tmp_path, monkeypatch):
     assert losses[0] == losses[1] and results[0]["acc"] == results[1]["acc"]
 
 
+NAMED = [None, "auto", "device", "host"]
+
+
+@pytest.mark.parametrize("begun", NAMED)
+@pytest.mark.parametrize("now", NAMED)
+def test_a_run_is_the_same_whoever_names_the_place_where_its_images_are_made(begun, now, tmp_path, monkeypatch):
+    """ "auto" is the device here when the run begins, and the host where it goes on."""
+    path = tmp_path / "run.json"
+    places = {None: "device", "auto": "device"}
+
+    def run(named, place, *arguments):
+        path.write_text(json.dumps(tiny_values(tmp_path, train_transform="crop_flip", epochs=1, augment_on=named)))
+        with monkeypatch.context() as patch:
+            patch.setattr(DataManager, "_place", lambda self, device: place)
+            return main.main(["--config", str(path), "--output", str(tmp_path / "run"), *arguments])
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.SeedRun, "_evaluate", stop_in_second_task(trainer.SeedRun._evaluate))
+        assert run(begun, "device") == 3
+    before = json.loads((tmp_path / "run" / "seed1993" / "config.json").read_text())
+    place = places.get(begun, begun)
+    same = now in (None, "auto", place)
+    assert run(now, "host", "--resume") == (0 if same else 2)
+    after = json.loads((tmp_path / "run" / "seed1993" / "config.json").read_text())
+    assert after == before and after["augment_on"] == place
+
+
 def stop_in_second_task(evaluate):
     def stopping(self, task):
         if task.index == 1:

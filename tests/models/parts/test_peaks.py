@@ -83,6 +83,16 @@ def test_what_lies_on_the_host_is_not_held_by_the_card(tmp_path):
         assert there.held_bytes(many) - host.held_bytes(many) == 4 * 16 * 16 * (120 - 32)
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_images_that_lie_on_a_card_are_held_there(device, tmp_path):
+    """Both halves once, whatever the number of tasks: 42 and 24 images of 16 x 16."""
+    manager, learner = build_tiny(tmp_path, train_transform="crop_flip", augment_on="device")
+    bare, plain = build_tiny(tmp_path, train_transform="crop_flip", augment_on="host")
+    learner.runtime.device = plain.runtime.device = torch.device(device)
+    more = held_bytes(learner, manager[:]) - held_bytes(plain, bare[:])
+    assert more == (0 if device == "cpu" else (42 + 24) * 16 * 16 * 3)
+
+
 def test_stored_values_of_test_images_are_counted_up_to_their_limit(tmp_path):
     manager, learner = build_tiny(tmp_path, "simplecil", test_batch_size=2)
     learner.before_task(manager[0])
@@ -118,6 +128,7 @@ def test_a_card_is_asked_for_its_whole_memory(tmp_path):
     with pretended():
         learner.runtime.device = CUDA
         assert shortage({"evaluation": 80 << 30}, learner) is None
-        assert "more than the 81,920 MiB of cuda:0: lower test_batch_size" in shortage(
-            {"evaluation": (80 << 30) + 1}, learner
+        assert (
+            "evaluation needs up to 81,920 MiB, more than the 81,920 MiB of cuda:0: lower test_batch_size"
+            in shortage({"evaluation": (80 << 30) + 1}, learner)
         )
