@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import memory, waits
+from benchmarks.asked import add_learners, kept, new_file
 from benchmarks.gpu import Bench
 from models.base import LEARNERS
 from utils.runtime import available_cpus
@@ -46,13 +47,13 @@ def changed(then: str | None, now: str) -> str:
 
 def main() -> None:
     parse = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parse.add_argument("learners", nargs="*", metavar="LEARNER", help="default: all, and variants")
-    parse.add_argument("--json", type=Path, metavar="FILE", help="keep the figures")
-    parse.add_argument("--before", type=Path, metavar="FILE", help="figures that another commit kept")
+    add_learners(parse, memory.VARIANTS, "default: all, and variants")
+    parse.add_argument("--json", type=new_file, metavar="FILE", help="keep the figures")
+    parse.add_argument("--before", type=kept, metavar="FILE", help="figures that another commit kept")
     options = parse.parse_args()
     warnings.simplefilter("ignore")
     logging.disable()
-    then: dict[str, Any] = json.loads(options.before.read_text()) if options.before else {"learners": {}, "fed": {}}
+    then: dict[str, Any] = options.before or {"learners": {}, "fed": {}}
     found: dict[str, Any] = {"learners": {}, "fed": fed()}
     print(f"| {' | '.join(['learner', *HEADS])} |\n{'|---' * (1 + len(HEADS))}|")
     for name in options.learners or [*LEARNERS, *memory.VARIANTS]:

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 import trainer
+from benchmarks.asked import add_learners
 from data.stream import DataManager
 from models.base import LEARNERS
 from models.factory import build_learner, config_from
@@ -79,7 +80,7 @@ def stream(name: str, tasks: int, folder: Path) -> str:
 
 def main() -> None:
     parse = argparse.ArgumentParser(description=__doc__)
-    parse.add_argument("learners", nargs="*", metavar="LEARNER", help="default: all")
+    add_learners(parse)
     parse.add_argument("--seeds", type=int, default=50)
     parse.add_argument("--tasks", type=int, default=100)
     given = parse.parse_args()

@@ -23,6 +23,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.asked import add_learners, new_file
 from benchmarks.bare import bare_step, work
 from data.loading import Batch, EpochLoader
 from data.stream import DataManager
@@ -265,10 +266,10 @@ def measure(bench: Bench, names: Sequence[str], kept: Path | None) -> dict[str, 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("learners", nargs="*", metavar="LEARNER", help="default: all")
+    add_learners(parser)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--small", action="store_true")
-    parser.add_argument("--json", type=Path, help="also keep the figures here, row by row")
+    parser.add_argument("--json", type=new_file, help="also keep the figures here, row by row")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         found = measure(

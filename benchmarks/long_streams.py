@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.asked import add_learners, new_file
 from benchmarks.endurance import resident
 from models.base import LEARNERS
 from models.factory import config_from
@@ -145,10 +146,10 @@ def plot(streams: Mapping[str, Mapping[str, Measured]], path: Path) -> None:
 
 def main() -> None:
     parse = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parse.add_argument("learners", nargs="*", metavar="LEARNER", help="default: all")
+    add_learners(parse)
     parse.add_argument("--tasks", nargs="+", default=["50", "100"], choices=("10", "20", "25", "50", "100"))
-    parse.add_argument("--json", type=Path, required=True, metavar="FILE")
-    parse.add_argument("--figure", type=Path, metavar="FILE")
+    parse.add_argument("--json", type=new_file, required=True, metavar="FILE")
+    parse.add_argument("--figure", type=new_file, metavar="FILE")
     options = parse.parse_args()
     streams: dict[str, dict[str, Measured]] = read_json(options.json) if options.json.is_file() else {}
     for tasks in options.tasks:

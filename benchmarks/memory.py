@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.asked import add_learners
 from data.stream import DataManager
 from models.base import LEARNERS, Learner
 from models.factory import build_learner, config_from, learner_class
@@ -119,11 +120,12 @@ def figures(name: str) -> list[str]:
 
 def main() -> None:
     parse = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parse.add_argument("learners", nargs="*", metavar="LEARNER", help="default: all")
+    add_learners(parse, VARIANTS)
+    options = parse.parse_args()
     warnings.simplefilter("ignore")
     logging.disable()
     print(f"| {' | '.join(['learner', *HEADS])} |\n{'|---' * (1 + len(HEADS))}|")
-    for name in parse.parse_args().learners or [*LEARNERS, *VARIANTS]:
+    for name in options.learners or [*LEARNERS, *VARIANTS]:
         print(f"| {' | '.join([name, *figures(name)])} |", flush=True)
 
 

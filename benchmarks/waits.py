@@ -19,6 +19,7 @@ import torch
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.asked import add_learners, count
 from benchmarks.bare import bare_step
 from data.loading import Batch
 from data.stream import DataManager
@@ -115,11 +116,11 @@ def kernels(watched: Sequence[Kernels]) -> list[str]:
 
 def main() -> None:
     parse = argparse.ArgumentParser(description=__doc__)
-    parse.add_argument("learners", nargs="*", metavar="LEARNER", help="default: all")
-    parse.add_argument("--depth", type=int, default=12, help="blocks of the tiny ViT")
+    add_learners(parse)
+    parse.add_argument("--depth", type=count, default=12, help="blocks of the tiny ViT")
     warnings.simplefilter("ignore")
-    print(f"| {' | '.join(['learner', *HEADS])} |\n{'|---' * (1 + len(HEADS))}|")
     options = parse.parse_args()
+    print(f"| {' | '.join(['learner', *HEADS])} |\n{'|---' * (1 + len(HEADS))}|")
     for name in options.learners or LEARNERS:
         with tempfile.TemporaryDirectory() as folder:
             print(f"| {' | '.join([name, *figures(name, Path(folder), options.depth)])} |", flush=True)
