@@ -149,8 +149,13 @@ def to_rgb(path: Path) -> tuple[Image.Image, str]:
     """(image in RGB, mode in the file: "RGB", "L", "CMYK", "P", "RGBA", ...). Raises whatever the decoder raises."""
     with _opened(path) as image:
         mode = image.mode
-        if mode in SIXTEEN_BITS:  # Pillow's own conversion cuts every value above 255 to white
-            upper = (np.asarray(image, dtype=np.int64) >> 8).clip(0, 255).astype(np.uint8)
-            return Image.fromarray(upper).convert("RGB"), mode
         image.load()
-        return (image if mode == "RGB" else image.convert("RGB")), mode  # no copy: the pixels outlive the file
+        return as_rgb(image), mode  # no copy: the pixels outlive the file
+
+
+def as_rgb(image: Image.Image) -> Image.Image:
+    """Grey of 16 bits keeps its upper 8: Pillow's own conversion cuts every value above 255 to white."""
+    if image.mode in SIXTEEN_BITS:
+        upper = (np.asarray(image, dtype=np.int64) >> 8).clip(0, 255).astype(np.uint8)
+        return Image.fromarray(upper).convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")

@@ -6,7 +6,8 @@ are; grey becomes RGB.
 """
 
 import inspect
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,12 @@ from data.named import (
     leaving_no_empty_folders,
     parsed,
     rgb,
+    same_classes,
+    typed,
     unknown_option,
 )
 from data.records import ImageData
-from utils.errors import did_you_mean
+from utils.errors import UserError, did_you_mean, reason
 
 # Arguments that are ours to give.
 OURS = {"self", "root", "transform", "target_transform", "transforms", "download", "loader", "kwargs", "train"}
@@ -41,23 +44,25 @@ LABELS = ("targets", "_labels", "labels", "y")
 
 
 class Missing(Exception):  # noqa: N818 - the caller says what to do
-    """A set is not there, and was not downloaded. sentence: where it was looked for."""
+    """A set is not there, or damaged, and was not downloaded. sentence: where it was looked for."""
+
+
+class Refused(Exception):  # noqa: N818 - the same
+    """A set does not know the value of an option, or gives no classes."""
 
 
 def load_torchvision(place: str, root: Path, options: Options, findings: Findings) -> ImageData | None:
     """place: what follows "torchvision:"."""
-    name, given = parsed(place)
+    name, given = parsed(place, findings)
     if (official := _class(name, findings)) is None:
         return None
     key, arguments = f"torchvision:{place}", _arguments(official)
-    halves: dict[str, str] = {
-        half: given.pop(half) for half in ("train", "test") if half in given and "train" not in _all(official)
-    }
+    named = ("train", "test") if _halved_by_split(_all(official)) and "train" not in _all(official) else ()
+    halves = {half: given.pop(half) for half in named if half in given}
     own = sorted(set(arguments) - OURS - ({"split"} if _halved_by_split(arguments) else set()))
     for option in given:
         if option not in own:
-            more = [] if "train" in _all(official) else ["train", "test"]
-            unknown_option(name, option, [*own, *more] or ["no option"], findings)
+            unknown_option(name, option, [*own, *named] or ["no option"], findings)
     for option, default in arguments.items():
         if option in own and default is inspect.Parameter.empty and option not in given:
             values = getattr(official, f"{option}s", None)
@@ -70,7 +75,7 @@ def load_torchvision(place: str, root: Path, options: Options, findings: Finding
         return _read(key, official, root, keys, halves, options, findings)
     except Missing as error:
         findings.error("D01", str(error))
-    except ValueError as error:  # a value that the set does not know: its own sentence names the others
+    except Refused as error:  # its own sentence names the values that it knows
         findings.error("D03", f"{name}: {error}")
     return None
 
@@ -79,47 +84,51 @@ def _read(
     key: str, official: Any, root: Path, keys: dict[str, Any], halves: dict[str, str], options: Options,
     findings: Findings,
 ) -> ImageData | None:  # fmt: skip
-    names: list[str] = []
+    known: list[list[str]] = []  # classes, as each half that was read names them
 
     def half(**choice: Any) -> Half:
-        found = _made(official, root, keys | choice, options)
-        known = getattr(found, "classes", None) or getattr(found, "categories", None) or ()
-        names[:] = names or [str(name[0] if isinstance(name, tuple) else name) for name in known]
-        return _half(found)
+        found, content = _made(official, root, keys | choice, options)
+        classes = (
+            () if _of_target(keys) else getattr(found, "classes", None) or getattr(found, "categories", None) or ()
+        )
+        known.append([str(name[0] if isinstance(name, tuple) else name) for name in classes])
+        return content
 
     def name_of(label: int) -> str:
-        return names[label] if label < len(names) else str(label)
+        return known[0][label] if 0 <= label < len(known[0]) else str(label)
 
     arguments = _all(official)
-    if "train" in arguments:
+    if "train" in arguments or _halved_by_split(arguments):
         if not fixed_split(key, options, findings):
             return None
-        return image_data(key, half(train=True), half(train=False), name_of, "folder", findings)
-    if _halved_by_split(arguments):
-        if not fixed_split(key, options, findings):
+        if "train" in arguments:
+            train, test, how = half(train=True), half(train=False), "folder"
+        else:
+            usual = arguments["split"] if arguments["split"].startswith("train") else "train"
+            first = halves.get("train", usual)
+            train = _joined([half(split=part) for part in first.split("+")])
+            second, test = _first_known(half, halves.get("test"))
+            how = f"{first}/{second}"
+        if not all(same_classes(known[0], others, findings) for others in known[1:]):
             return None
-        usual = arguments["split"] if arguments["split"].startswith("train") else "train"
-        train = halves.get("train") or usual
-        found = _joined([half(split=part) for part in train.split("+")])
-        test = _first_known(half, halves.get("test"))
-        return image_data(key, found, test, name_of, f"{train}/{halves.get('test', 'test')}", findings)
-    both = drawn(key, half(), name_of, options, findings) if options.split != "folder" else None
-    if both is None:
+        return image_data(key, train, test, name_of, how, findings)
+    if options.split.partition(":")[0] != "seeded":
         drawn(key, ([], np.zeros(0, dtype=np.int64)), name_of, options, findings)
         return None
-    return image_data(key, *both, name_of, options.split, findings)
+    both = drawn(key, half(), name_of, options, findings)
+    return None if both is None else image_data(key, *both, name_of, options.split, findings)
 
 
-def _first_known(half: Any, named: str | None) -> Half:
-    """The test half, as this set calls it."""
+def _first_known(half: Any, named: str | None) -> tuple[str, Half]:
+    """The test half, and how this set calls it."""
     if named is not None:
-        return _joined([half(split=part) for part in named.split("+")])
+        return named, _joined([half(split=part) for part in named.split("+")])
     for name in TEST_HALVES[:-1]:
         try:
-            return half(split=name)
-        except ValueError:  # the set has no half of this name
+            return name, half(split=name)
+        except Refused:  # the set has no half of this name
             continue
-    return half(split=TEST_HALVES[-1])
+    return TEST_HALVES[-1], half(split=TEST_HALVES[-1])
 
 
 def _joined(halves: list[Half]) -> Half:
@@ -161,27 +170,61 @@ def _halved_by_split(arguments: dict[str, Any]) -> bool:
     return isinstance(arguments.get("split"), str)
 
 
-def _made(official: Any, root: Path, keys: dict[str, Any], options: Options) -> Any:
-    """The set; downloaded where it is missing and may be."""
+def _made(official: Any, root: Path, keys: dict[str, Any], options: Options) -> tuple[Any, Half]:
+    """The set and what it holds; downloaded where it is missing and may be."""
     quiet = {"download": False} if "download" in _all(official) else {}
     with leaving_no_empty_folders(root):
         try:
-            return official(str(root), **keys, **quiet)
+            return _opened(official, root, keys | quiet)
         except (RuntimeError, OSError) as error:
-            looked, reason = _looked_in(error, root), str(error).partition(". ")[0]
+            _raise_for_package(official, error)
+            looked, why = _looked_in(error, root), reason(error).partition(". ")[0]
+        except (Refused, MemoryError):
+            raise
+        except Exception as error:  # noqa: BLE001 - parsers raise many types for damaged files
+            _raise_for_package(official, error)
+            raise _missing(official, _looked_in(error, root), typed(error)) from None
         if options.download and quiet:
             try:
                 root.mkdir(parents=True, exist_ok=True)
-                return official(str(root), **keys, download=True)
-            except ValueError:
+                return _opened(official, root, keys | {"download": True})
+            except Refused:
                 raise
             except Exception as error:  # noqa: BLE001 - url, archive and checksum faults come as many types
-                reason = f"{reason}; the download failed: {error}"
-    raise Missing(
-        f"'{looked}' is not there, or not whole ({reason}). Put torchvision's {official.__name__} there, point "
+                why += "" if reason(error).startswith(why) else f"; the download failed: {reason(error)}"
+    raise _missing(official, looked, why)
+
+
+def _missing(official: Any, looked: Path, why: str) -> Missing:
+    return Missing(
+        f"'{looked}' is not there, or not whole ({why}). Put torchvision's {official.__name__} there, point "
         "data_root (key, --data-root DIR, or PALIMPSEST_DATA) at the folder that holds it, or run "
         "`python main.py fetch CONFIG` where there is a network"
     )
+
+
+def _opened(official: Any, root: Path, keys: dict[str, Any]) -> tuple[Any, Half]:
+    """Raises Refused for a value of an option, whatever the reader raises for what lies on the disk."""
+    try:
+        found = official(str(root), **keys)
+    except ValueError as error:  # of an argument, which it names; or of a file
+        if any(re.search(rf"\b(argument|parameter) '?{key}\b", str(error), re.IGNORECASE) for key in keys):
+            raise Refused(str(error)) from None
+        raise
+    return found, _half(found, listed=not _of_target(keys))
+
+
+def _of_target(keys: Mapping[str, Any]) -> bool:
+    """Whether an option says what an image's label is: then the set's own lists are of other labels."""
+    return any(key.startswith("target") for key in keys)
+
+
+def _raise_for_package(official: Any, error: BaseException | None) -> None:
+    """UserError where a reader lacks a package, be it that it says so by another error."""
+    while error is not None:
+        if isinstance(error, ImportError):
+            raise UserError(f"torchvision's {official.__name__} needs a package: {reason(error)}") from None
+        error = error.__context__
 
 
 def _looked_in(error: Exception, root: Path) -> Path:
@@ -210,16 +253,17 @@ def _paths_of(owner: Any, root: Path) -> Iterator[Path]:
             yield root / value
 
 
-def _half(found: Any) -> Half:
-    """Images, as paths where they lie in files, and labels."""
+def _half(found: Any, listed: bool) -> Half:
+    """Images, as paths where they lie in files, and labels: those that the set lists, or what it gives by image."""
     count = len(found)
     files, labels = _listed(found, count)
+    labels = labels if listed else None
     if files is not None and labels is not None:
         order = sorted(range(count), key=lambda row: (labels[row], str(files[row])))  # some list as the disk does
         return [files[row] for row in order], labels[order]
     pairs = [found[row] for row in range(count)]
     if pairs and not (len(pairs[0]) == 2 and isinstance(pairs[0][1], int | np.integer)):
-        raise ValueError("gives no number of a class for an image: it is no classification set")
+        raise Refused("gives no number of a class for an image: no classification set, or a half without labels")
     images = files if files is not None else [rgb(image) for image, _ in pairs]
     return images, np.array([int(label) for _, label in pairs], dtype=np.int64)
 

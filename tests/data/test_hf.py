@@ -96,3 +96,114 @@ def test_without_a_network_the_folder_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", fail)
     with pytest.raises(DataError, match=f"'{tmp_path / 'cats'}'"):
         load("hf:cats", str(tmp_path), OFFLINE)
+
+
+def made(labels, kind, images=None, image_kind=None):
+    datasets = pytest.importorskip("datasets")
+    images = images or [Image.fromarray(pixels(n % 3, n)) for n in range(len(labels))]
+    features = datasets.Features({"image": image_kind or datasets.Image(), "label": kind})
+    return datasets.Dataset.from_dict({"image": images, "label": labels}, features)
+
+
+def kinds():
+    datasets = pytest.importorskip("datasets")
+    return datasets.ClassLabel(names=["cat", "dog", "owl"]), datasets
+
+
+def none_labels():
+    named, datasets = kinds()
+    for kind, some in ((named, [0, 1]), (datasets.Value("string"), ["a", "b"]), (datasets.Value("int64"), [4, 5])):
+        yield made([*some, None] * 4, kind), made([*some, None] * 2, kind), "no class"
+    yield made([0, 1, -1] * 4, named), made([0, 1, -1] * 2, named), "no class"
+
+
+def other_halves():
+    named, datasets = kinds()
+    turned = datasets.ClassLabel(names=["owl", "cat", "dog"])
+    good = made([0, 1, 2] * 4, named)
+    yield good, made([0, 1, 2] * 2, turned), "number their classes differently"
+    yield good, made(["cat", "dog", "owl"] * 2, datasets.Value("string")), "number their classes differently"
+    yield good, good.remove_columns("label"), 'half "test"'
+    yield good, good.remove_columns("image"), 'half "test"'
+    words = datasets.Value("string")
+    yield made(["a", "b"] * 4, words), made(["a", "b", "c"] * 2, words), "train/c"
+
+
+def other_types():
+    named, datasets = kinds()
+    lists = datasets.Sequence(datasets.Value("int64"))
+    yield made([[0], [1]] * 4, lists), made([[0], [1]] * 2, lists), "ClassLabel"
+    good = made([0, 1, 2] * 2, named)
+    for kind, content in ((datasets.Value("binary"), b"x"), (datasets.Value("string"), "a.png")):
+        yield made([0, 1, 2] * 4, named, [content] * 12, kind), good, "datasets.Image"
+    for content in (None, {"bytes": b"no image", "path": None}):
+        pictures = [Image.fromarray(pixels(0, 0)), content] * 6
+        yield made([0, 1, 2] * 4, named, pictures), good, 'image number 1 of half "train"'
+
+
+@pytest.mark.parametrize("cases", [none_labels, other_halves, other_types])
+def test_what_is_no_pair_of_image_and_class_is_told(cases, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    for number, (train, test, sentence) in enumerate(cases()):
+        name = f"set{number}"
+        datasets.DatasetDict({"train": train, "test": test}).save_to_disk(str(tmp_path / name))
+        with pytest.raises(DataError) as error:
+            load(f"hf:{name}", str(tmp_path), OFFLINE)
+        assert sentence in str(error.value)
+
+
+@pytest.mark.parametrize("query", ["?label=", "?label", "?label=label&label=label", "?=label"])
+def test_options_without_a_value_or_twice_are_refused(query, tmp_path):
+    saved(tmp_path / "cats")
+    _, findings = read(f"hf:cats{query}", str(tmp_path), OFFLINE)
+    assert [finding.code for finding in findings.of("error")] == ["D03"]
+
+
+@pytest.mark.parametrize("query", ["?label=fine label&image=a b%2Bc", "?label=fine%20label&image=a%20b+c"])
+def test_columns_may_hold_blanks(query, tmp_path):
+    saved(tmp_path / "cats", label="fine label", image="a b+c")
+    assert load(f"hf:cats{query}", str(tmp_path), OFFLINE).num_classes == 3
+
+
+@pytest.mark.parametrize("name", ["hf:", "hf: ", "hf:?label=label"])
+def test_no_name_is_not_the_whole_root(name, tmp_path):
+    pytest.importorskip("datasets")
+    saved(tmp_path)
+    _, findings = read(name, str(tmp_path), OFFLINE)
+    assert "no data set is named" in findings.of("error")[0].text
+
+
+def test_a_damaged_folder_is_named_and_not_the_hub(tmp_path):
+    pytest.importorskip("datasets")
+    (tmp_path / "cats").mkdir()
+    (tmp_path / "cats" / "dataset_dict.json").write_text("{}")
+    _, findings = read("hf:cats", str(tmp_path), OFFLINE)
+    assert f"'{tmp_path / 'cats'}' cannot be read" in findings.of("error")[0].text
+
+
+def test_sixteen_bits_keep_their_upper_eight(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    named, _ = kinds()
+    dark = Image.fromarray(np.full((28, 28), 30000, dtype=np.uint16))
+    halves = {"train": made([0, 1, 2] * 4, named, [dark] * 12), "test": made([0, 1, 2] * 2, named)}
+    datasets.DatasetDict(halves).save_to_disk(str(tmp_path / "cats"))
+    assert load("hf:cats", str(tmp_path), OFFLINE).train.images.max() == 30000 >> 8
+
+
+@pytest.mark.parametrize("download, asked", [(False, [True]), (True, [True, False])])
+def test_the_cache_is_asked_before_the_hub(download, asked, tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    seen = []
+
+    def fail(*_, **__):
+        seen.append(datasets.config.HF_HUB_OFFLINE and constants.HF_HUB_OFFLINE)
+        raise ConnectionError("no route to host")
+
+    monkeypatch.setattr(datasets, "load_dataset", fail)
+    with pytest.raises(DataError):
+        load("hf:cats", str(tmp_path), Options(download=download))
+    assert seen == asked and not constants.HF_HUB_OFFLINE

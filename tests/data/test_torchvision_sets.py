@@ -175,3 +175,150 @@ def test_idx_helper_writes_what_torchvision_reads(tmp_path):
     idx_files(tmp_path / "FashionMNIST" / "raw", packed=False)
     data = load("torchvision:FashionMNIST", str(tmp_path), OFFLINE)
     assert data.train.images.shape == (12, 28, 28, 3) and data.train.images.dtype == np.uint8
+
+
+# What is written behind "?" -> what is said of it, whatever the set.
+OPTIONS = {
+    "torchvision:DTD?partition=1&partition=2": "given twice",
+    "torchvision:DTD?train=train&partition=1&train=val": "given twice",
+    "torchvision:DTD?train=": "no value",
+    "torchvision:DTD?test": "no value",
+    "torchvision:EMNIST?split=&split=letters": "no value",
+    "torchvision:DTD?=1": "no name",
+    "torchvision:DTD?&partition=1": "no name",
+    "torchvision:DTD?partition=--1": "whole number",
+    "torchvision:DTD?partition=²": "whole number",
+    "torchvision:EuroSAT?train=all": 'unknown option "train"',
+    "torchvision:DTD?train=train+test": "both halves",
+    "torchvision:DTD?train=test": "both halves",
+    "torchvision:DTD?train=train%2Btrain": "twice in one",
+    "torchvision:DTD?test=val+train": "both halves",
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_an_option_is_obeyed_or_refused(name, tmp_path):
+    for make in (dtd, emnist, MAKERS["EuroSAT"]):
+        make(tmp_path)
+    split = "seeded" if "EuroSAT" in name else "folder"
+    data, findings = read(name, str(tmp_path), Options(split=split, download=False, cache=tmp_path / "cache"))
+    assert data is None and OPTIONS[name] in findings.of("error")[0].text
+
+
+@pytest.mark.parametrize("split", ["seeded:x", "seeded:1:2", "list:x.json", "folder"])
+def test_a_split_that_cannot_be_drawn_is_told_once(split, tmp_path):
+    MAKERS["EuroSAT"](tmp_path)
+    _, findings = read("eurosat", str(tmp_path), Options(split=split, download=False, cache=tmp_path / "cache"))
+    (error,) = findings.of("error")
+    assert '"split": "seeded"' in error.text
+
+
+def test_one_half_under_two_names_is_no_pair(tmp_path, monkeypatch):
+    """QMNIST's option `what` says which half is read, over `train`."""
+    mnist(tmp_path)
+    from torchvision import datasets
+
+    class Same(datasets.MNIST):
+        raw_folder = str(tmp_path / "MNIST" / "raw")
+
+        def __init__(self, root, what="train", train=True, download=False):
+            super().__init__(root, train=what == "train", download=download)
+
+    monkeypatch.setattr(datasets, "QMNIST", Same)
+    _, findings = read("torchvision:QMNIST?what=train", str(tmp_path), OFFLINE)
+    assert "both halves" in findings.of("error")[0].text
+
+
+def test_an_option_of_the_target_changes_the_labels(tmp_path):
+    MAKERS["OxfordIIITPet"](tmp_path)
+    for half in ("trainval", "test"):
+        file = tmp_path / "oxford-iiit-pet" / "annotations" / f"{half}.txt"
+        rows = [line.split() for line in file.read_text().splitlines()]
+        file.write_text("".join(f"{name} {label} {2 if label == '3' else 1} 1\n" for name, label, *_ in rows))
+    data = load("torchvision:OxfordIIITPet?target_types=binary-category", str(tmp_path), OFFLINE)
+    assert data.num_classes == 2 and np.bincount(data.train.labels).tolist() == [8, 4]
+
+
+def test_the_record_names_the_half_that_was_read(tmp_path):
+    MAKERS["Imagenette"](tmp_path)
+    assert "train/val" in load("torchvision:Imagenette", str(tmp_path), OFFLINE).variant
+
+
+def _more(file, text):
+    def write(root):
+        with (root / file).open("ab") as opened:
+            opened.write(text.encode())
+
+    return write
+
+
+def _bytes(file, content):
+    return lambda root: (root / file).write_bytes(content)
+
+
+def _renamed(folder, name):
+    return lambda root: (root / folder).rename((root / folder).with_name(name))
+
+
+AIRCRAFT = "fgvc-aircraft-2013b/data/images_variant_test.txt"
+DAMAGED = {
+    "a blank line of the test list": ("DTD", _more("dtd/dtd/labels/test1.txt", "\n")),
+    "a blank line of the training list": ("DTD", _more("dtd/dtd/labels/train1.txt", "\n")),
+    "a class that nobody lists": ("FGVCAircraft", _more(AIRCRAFT, "x 999-9\n")),
+    "a line without a class": ("FGVCAircraft", _more(AIRCRAFT, "x\n")),
+    "three words of four": ("OxfordIIITPet", _more("oxford-iiit-pet/annotations/test.txt", "a 1 1\n")),
+    "JSON cut off": ("Food101", _bytes("food-101/meta/test.json", b"{")),
+    "JSON of another kind": ("Food101", _bytes("food-101/meta/test.json", b"[]")),
+    "no text": ("Food101", _bytes("food-101/meta/test.json", b"\xff\xfe")),
+    "an empty mat": ("SVHN", _bytes("test_32x32.mat", b"")),
+    "text for a mat": ("Flowers102", _bytes("flowers-102/setid.mat", b"hello " * 99)),
+    "an empty IDX": ("MNIST", _bytes("MNIST/raw/train-images-idx3-ubyte", b"")),
+    "a wrong magic": ("MNIST", _bytes("MNIST/raw/train-images-idx3-ubyte", b"\xff" * 40)),
+    "fewer labels than images": ("STL10", _bytes("stl10_binary/train_y.bin", b"\1\2\3")),
+    "an archive cut off": ("USPS", lambda root: (root / "usps.bz2").write_bytes((root / "usps.bz2").read_bytes()[:-9])),
+    "a class of another set": ("Imagenette", _renamed("imagenette2/val/n02102040", "n09999999")),
+    "another class in a half": ("Country211", _renamed("country211/test/AE", "AB")),
+    "a folder of a class gone": ("Country211", _renamed("country211/test/AD", ".AD")),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGED)
+def test_what_a_reader_makes_of_damage_is_one_sentence(case, tmp_path, unchecked):
+    """Neither a traceback, nor another half in the place of the damaged one, nor labels that mean other classes."""
+    name, damage = DAMAGED[case]
+    MAKERS[name](tmp_path)
+    if name == "FGVCAircraft":  # a half that would be taken for the test half: a part of the training half
+        shown = tmp_path / AIRCRAFT
+        (shown.with_name("images_variant_val.txt")).write_text(shown.read_text())
+    damage(tmp_path)
+    data, findings = read(f"torchvision:{name}", str(tmp_path), OFFLINE)
+    (error,) = findings.of("error")
+    assert data is None and error.code in ("D01", "D06")
+    assert str(tmp_path) in error.text or "number their classes" in error.text
+
+
+def test_labels_below_zero_are_no_class(tmp_path, unchecked):
+    """Flowers numbers from 1: a 0 would be the class -1, and bear the last one's name."""
+    from scipy.io import savemat
+
+    MAKERS["Flowers102"](tmp_path)
+    savemat(tmp_path / "flowers-102" / "imagelabels.mat", {"labels": [0] * 100})
+    _, findings = read("flowers102", str(tmp_path), OFFLINE)
+    assert {finding.code for finding in findings.of("error")} == {"D05"}
+
+
+@pytest.mark.parametrize("name", ["PCAM", "USPS"])
+def test_a_missing_package_is_named(name, tmp_path, monkeypatch):
+    from torchvision import datasets
+
+    def lacking(self, root, split="train", download=False):
+        try:
+            import a_package_of_nobody  # noqa: F401
+        except ImportError:
+            if name == "PCAM":
+                raise RuntimeError("it is not found") from None
+            raise
+
+    monkeypatch.setattr(getattr(datasets, name), "__init__", lacking)
+    with pytest.raises(UserError, match="a_package_of_nobody"):
+        load(f"torchvision:{name}", str(tmp_path), Options())
