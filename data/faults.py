@@ -83,11 +83,11 @@ def _order_faults(order: Sequence[int], classes: int, name: str) -> Iterator[str
 def protocol_faults(config: RunConfig, data: ImageData) -> Iterator[str]:
     """Sentences for protocol keys that do not fit the data set."""
     classes, name = data.num_classes, data.name
-    if config.on_bad_image == "skip" and isinstance(data.train.images, np.ndarray):
+    if config.on_bad_image == "skip" and not (data.train.in_files or data.test.in_files):
         yield f'"on_bad_image" has no effect for {name}: its images are no files; drop the key'
     if config.augment_on == "device":
         if not isinstance(data.train.images, np.ndarray):
-            yield f'"augment_on" must be "host" for {name}: its images are files of many sizes, not one array'
+            yield f'"augment_on" must be "host" for {name}: its images are files, or of many sizes, not one array'
         for key in ("train_transform", "test_transform"):
             recipe = config.recipes["train" if key == "train_transform" else "test"]
             if recipe not in BATCHED:

@@ -64,12 +64,10 @@ def cached(data: ImageData, kind: Literal["none", "ram", "disk"], size: int | No
 
     Raises DataError when the images do not fit (D19), or one of them cannot be read (D09).
     """
-    if kind == "none":
+    if kind == "none" or not (data.train.in_files or data.test.in_files):
         return data
-    halves = {}
-    for half, split in (("train", data.train), ("test", data.test)):
-        if isinstance(split.images, np.ndarray):
-            return data
+    halves = {"train": data.train, "test": data.test}
+    for half, split in [(half, split) for half, split in halves.items() if split.in_files]:
         paths = [path for path in split.images if isinstance(path, Path)]
         images = _in_memory(data.name, paths, size) if kind == "ram" else _on_disk(data.name, paths, size, folder)
         halves[half] = replace(split, images=images)

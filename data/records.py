@@ -22,6 +22,11 @@ class Split:
     def __len__(self) -> int:
         return len(self.labels)
 
+    @property
+    def in_files(self) -> bool:
+        """Whether images are decoded when read; decoded ones are one array, or many of several sizes."""
+        return len(self.images) > 0 and isinstance(self.images[0], Path)
+
 
 @dataclass(frozen=True)
 class ImageData:

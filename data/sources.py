@@ -167,7 +167,7 @@ def _finished(data: ImageData | None, variant: Variant | None = None) -> ImageDa
     if data is None:
         return None
     parts = [variant.name if variant is not None else "unknown counts", data.variant]
-    if all(isinstance(next(iter(half.images), Path()), Path) for half in (data.train, data.test)):
+    if data.train.in_files and data.test.in_files:
         halves = {"train": _entries(data, data.train), "test": _entries(data, data.test)}
         parts.append(f"split {split_hash(halves)[:12]}")
     return replace(data, variant=", ".join(parts))

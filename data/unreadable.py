@@ -23,10 +23,8 @@ def readable(data: ImageData) -> tuple[ImageData, list[str]]:
 
     Raises DataError when a class, or a domain, is left without training or test images.
     """
-    if isinstance(data.train.images, np.ndarray):
-        return data, []
-    halves, bad = {}, []
-    for half, split in (("train", data.train), ("test", data.test)):
+    halves, bad = {"train": data.train, "test": data.test}, []
+    for half, split in [(half, split) for half, split in halves.items() if split.in_files]:
         paths = [path for path in split.images if isinstance(path, Path)]
         with ThreadPoolExecutor(available_cpus()) as pool:
             bar = {"desc": f"{data.name}: reading", "leave": False, "disable": None}

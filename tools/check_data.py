@@ -3,7 +3,7 @@
 import argparse
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +14,7 @@ from tqdm import tqdm
 from data.checks import Findings, some
 from data.images import to_rgb, unreadable
 from data.layouts import Options
-from data.records import ImageData, Split
+from data.records import ImageData
 from data.rows import ROWS
 from data.sources import read
 from data.splits import cache_root
@@ -127,13 +127,11 @@ def _place(data: ImageData, row: int) -> str:
 def _decode_all(data: ImageData, findings: Findings, progress: Progress) -> tuple[Counter[str], list[bytes]]:
     """Decode every file, several at once; D09 for each that cannot be. (Number of images by colour mode, digests of the
     pixels of all images)."""
-    if isinstance(data.train.images, np.ndarray) and isinstance(data.test.images, np.ndarray):
-        return Counter(), [_digest(np.asarray(image)) for split in (data.train, data.test) for image in split.images]
     digests = []
-    paths = [path for split in (data.train, data.test) for path in _files(split)]
+    images = [image for split in (data.train, data.test) for image in split.images]
     modes: Counter[str] = Counter()
     with ThreadPoolExecutor(available_cpus()) as pool:
-        for mode, fault, digest in progress(pool.map(_decode, paths), len(paths)):
+        for mode, fault, digest in progress(pool.map(_decode, images), len(images)):
             digests.append(digest)
             if fault is None:
                 modes[mode] += 1
@@ -142,12 +140,10 @@ def _decode_all(data: ImageData, findings: Findings, progress: Progress) -> tupl
     return modes, digests
 
 
-def _files(split: Split) -> Iterator[Path]:
-    if not isinstance(split.images, np.ndarray):
-        yield from (image for image in split.images if isinstance(image, Path))
-
-
-def _decode(path: Path) -> Decoded:
+def _decode(path: Path | np.ndarray) -> Decoded:
+    """Arrays were decoded by what read them; in which mode, nobody knows any more."""
+    if isinstance(path, np.ndarray):
+        return "RGB", None, _digest(path)
     try:
         image, mode = to_rgb(path)
         return mode, None, _digest(np.asarray(image))

@@ -63,10 +63,10 @@ class Predictions:
                 draw(draw_confusions, arrays, tasks, result, folder / "plots")
 
     def _files(self, rows: np.ndarray) -> np.ndarray:
-        """Where each image lies; of a data set in one array, its number there."""
+        """Where each image lies; of images that lie in no files, their numbers."""
         assert self._data is not None
-        images = self._data.split.images
-        return rows.astype(str) if isinstance(images, np.ndarray) else np.array([str(images[row]) for row in rows])
+        split = self._data.split
+        return np.array([str(split.images[row]) for row in rows]) if split.in_files else rows.astype(str)
 
 
 def write_predictions(arrays: Mapping[str, np.ndarray], path: Path) -> None:
