@@ -18,7 +18,7 @@ from models.base import Learner
 from models.factory import build_learner
 from models.parts import first_task
 from models.parts.costs import num_trainable, stored_bytes
-from models.parts.drift import noted, say
+from models.parts.drift import following, noted, say
 from models.parts.evaluation import evaluate
 from models.parts.frozen_store import FrozenStore
 from models.parts.gradient import refuse_accumulation
@@ -207,7 +207,7 @@ class SeedRun(Observer):
         found = evaluate(learner, self.manager.tested_after(task), self.store, keep=None if kept is None else kept.add)
         record.add(task.index, found.names, found.correct, found.by_class)
         record.images_tested += found.images
-        record.drift = [*record.drift[: task.index], noted(found.drift, found.newest, task.info)]
+        record.drift = following(record.drift, task.index, noted(found.drift, found.newest, task.info))
         if config.probe is not None:
             with self.runtime.stopwatch("probe"):
                 right = probe(learner, task, config.probe, config.probe_lrate)

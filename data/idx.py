@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data.checks import Findings
+from data.checks import Findings, check_classes
 from data.layouts import Options
 from data.named import leaving_no_empty_folders
 from data.records import ImageData, Split
@@ -71,6 +71,7 @@ def read_idx(key: str, place: Path, names: tuple[str, ...], findings: Findings) 
             halves[half] = Split(np.repeat(images[..., None], 3, axis=-1), labels.astype(np.int64))
     if len(halves) < 2:
         return None
+    check_classes(halves["train"].labels, halves["test"].labels, names, findings)
     return ImageData(key, halves["train"], halves["test"], names, variant="folder")
 
 
@@ -100,7 +101,7 @@ def _read(place: Path, name: str, dimensions: int, findings: Findings) -> np.nda
         findings.error("D11", f"'{path}' is no IDX file of bytes in {dimensions} dimensions; get it again")
         return None
     shape = struct.unpack(f">{dimensions}i", content[4:head])
-    if min(shape) < 0 or len(content) - head != int(np.prod(shape, dtype=np.int64)):
+    if min(shape) < 1 or len(content) - head != int(np.prod(shape, dtype=np.int64)):
         findings.error("D11", f"'{path}' holds {len(content) - head:,} bytes, its head says {shape}; get it again")
         return None
     return np.frombuffer(content, dtype=np.uint8, offset=head).reshape(shape)

@@ -13,7 +13,7 @@ device, and the host waits once. Letters: B images of a batch, N kept, G stored 
 """
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -140,7 +140,8 @@ def _drift(stored: StoredMeans, rows: Tensor, targets: Tensor, classes: int, run
     means = stored.means.double()
     kept, has_mean = _means(means * known[:, None], known, stored.labels, classes)
     sums, counts = _sums(rows.double(), torch.ones_like(targets), targets, classes)
-    present = runtime.reduce_sum(sums) / runtime.reduce_sum(counts).clamp(min=1)[:, None]
+    counts = runtime.reduce_sum(counts)  # of all processes: one may have no image of a class
+    present = runtime.reduce_sum(sums) / counts.clamp(min=1)[:, None]
     if stored.unit:
         kept, present = F.normalize(kept, dim=1), F.normalize(present, dim=1)
     has = has_mean & (counts > 0)
@@ -207,6 +208,12 @@ KEYS = (
     "shift", "between", "ratio", "largest_ratio", "nearest_stored", "nearest_present",
     "newest_predicted", "newest_expected",
 )  # fmt: skip
+
+
+def following(notes: Sequence[dict[str, Any]], task: int, note: dict[str, Any]) -> list[dict[str, Any]]:
+    """Notes of the tasks before, then this one; nothing is known of tasks that an older version evaluated."""
+    before = list(notes[:task])
+    return [*before, *(dict.fromkeys(KEYS) for _ in range(task - len(before))), note]
 
 
 def _rounded(value: float) -> float | None:

@@ -103,3 +103,26 @@ def test_halves_that_do_not_fit_are_told(tmp_path):
     assert data is None and "40 images and 20 labels" in findings.of("error")[0].text
     idx_files(place, classes=11)
     assert "holds label 10" in read("fashionmnist", str(tmp_path), OFFLINE)[1].of("error")[0].text
+
+
+@pytest.mark.parametrize("half", ["train", "t10k"])
+@pytest.mark.parametrize("lost", [{9}, {0}, {3, 4}])
+def test_a_class_missing_in_a_half_is_told(half, lost, tmp_path):
+    place = tmp_path / "fashion-mnist"
+    idx_files(place, classes=10)
+    file = place / f"{half}-labels-idx1-ubyte.gz"
+    content = gzip.decompress(file.read_bytes())
+    file.write_bytes(gzip.compress(content[:8] + bytes(7 if label in lost else label for label in content[8:])))
+    _, findings = read("fashionmnist", str(tmp_path), OFFLINE)
+    (error,) = findings.of("error")
+    assert error.code == "D08" and idx.NAMES[min(lost)] in error.text
+
+
+@pytest.mark.parametrize("shape", [(40, 0, 28), (40, 28, 0), (-1, 28, 28)])
+def test_images_without_pixels_are_damage(shape, tmp_path):
+    place = tmp_path / "fashion-mnist"
+    idx_files(place, classes=10)
+    head = bytes((0, 0, 8, 3)) + b"".join(size.to_bytes(4, "big", signed=True) for size in shape)
+    (place / "train-images-idx3-ubyte.gz").write_bytes(gzip.compress(head))
+    _, findings = read("fashionmnist", str(tmp_path), OFFLINE)
+    assert [finding.code for finding in findings.of("error")] == ["D11"]

@@ -1,4 +1,6 @@
 import logging
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -6,7 +8,7 @@ import torch
 
 from data.stream import TaskInfo
 from models.parts import drift as part
-from models.parts.drift import Features, StoredMeans, noted, say
+from models.parts.drift import Features, StoredMeans, following, noted, say
 from models.parts.evaluation import evaluate
 from models.parts.loop import learn
 from tests.conftest import build_tiny, write_stream
@@ -75,6 +77,54 @@ def test_beyond_the_room_every_second_image_is_kept(monkeypatch):
     monkeypatch.setattr(part, "ROOM", len(ROWS) * 8 // 2)
     found = drift_of(StoredMeans(STORED, torch.arange(3)), batches=3)
     assert found.shift.tolist() == [1.0, 1.0, 0.0]  # the first image of each class
+
+
+class Process:
+    """One of two that wait for each other, each in a thread of its own."""
+
+    def __init__(self, rank, given, meeting):
+        self.rank, self.given, self.meeting = rank, given, meeting
+
+    def gather(self, value):
+        self.given[self.rank] = value
+        self.meeting.wait(10)
+        values = list(self.given)
+        self.meeting.wait(10)
+        return values
+
+    def reduce_sum(self, values):
+        return values.copy_(sum(self.gather(values.clone())))
+
+
+@pytest.mark.parametrize("first", [slice(0, 4), slice(0, 2), slice(0, 6, 2), slice(0, 0)])
+def test_two_processes_agree_on_what_one_would_find(first):
+    """Whatever classes are in the share of each."""
+    stored = StoredMeans(STORED, torch.arange(3))
+    own = torch.zeros(len(ROWS), dtype=torch.bool)
+    own[first] = True
+    given, meeting = [None, None], threading.Barrier(2)
+
+    def share(rank, mine):
+        features, head = Features(stored, len(ROWS)), torch.nn.Identity()
+        if mine.any():
+            with features.watching(head):
+                head(ROWS[mine])
+                features.add({}, LABELS[mine])
+        return features.drift(3, Process(rank, given, meeting))
+
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(share, (0, 1), (own, ~own)))
+    alone = drift_of(stored)
+    for one in found:
+        assert one.shift.tolist() == alone.shift.tolist() and one.between == alone.between
+        assert one.nearest_stored == alone.nearest_stored and one.nearest_present == alone.nearest_present
+
+
+@pytest.mark.parametrize("known", [0, 1, 3])
+def test_a_task_keeps_its_place_behind_an_older_checkpoint(known):
+    notes = following([{"ratio": number} for number in range(known)], 2, {"ratio": 9.0})
+    assert len(notes) == 3 and notes[2] == {"ratio": 9.0}
+    assert [note["ratio"] for note in notes[:2]] == [0 if known > 0 else None, 1 if known > 1 else None]
 
 
 def test_old_classes_make_the_ratio():
