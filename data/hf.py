@@ -6,6 +6,7 @@ that `load_dataset` reads. The columns of the image and of its class are found b
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -48,10 +49,22 @@ def load_hf(place: str, root: Path, options: Options, findings: Findings) -> Ima
     halves = [_half(half, table, columns[half], names) for half, table in tables.items()]
     if len(halves) == 1:
         both = drawn(key, halves[0], name_of, options, findings)
-        return None if both is None else image_data(key, *both, name_of, options.split, findings)
+        return None if both is None else _placed(image_data(key, *both, name_of, options.split, findings), name, root)
     if not fixed_split(key, options, findings):
         return None
-    return image_data(key, halves[0], halves[1], name_of, f"{train}/{test}", findings)
+    return _placed(image_data(key, halves[0], halves[1], name_of, f"{train}/{test}", findings), name, root)
+
+
+def _folder(name: str, root: Path) -> Path | None:
+    return next((path for path in (root / name, Path(name).expanduser()) if path.is_dir()), None)
+
+
+def _placed(data: ImageData | None, name: str, root: Path) -> ImageData | None:
+    """With where it lies: its folder, or the library's cache."""
+    import datasets
+
+    place = _folder(name, root) or datasets.config.HF_DATASETS_CACHE
+    return None if data is None else replace(data, place=str(place))
 
 
 def _opened(name: str, config: str | None, root: Path, options: Options, findings: Findings) -> Any:
@@ -60,7 +73,7 @@ def _opened(name: str, config: str | None, root: Path, options: Options, finding
         import datasets
     except ImportError:
         raise UserError('"hf:" needs the package datasets: pip install datasets') from None
-    place = next((path for path in (root / name, Path(name).expanduser()) if path.is_dir()), None)
+    place = _folder(name, root)
     datasets.disable_progress_bars()
     try:
         found = _from_hub(name, config, options) if place is None else _from_folder(place, config)

@@ -72,7 +72,7 @@ def read_idx(key: str, place: Path, names: tuple[str, ...], findings: Findings) 
     if len(halves) < 2:
         return None
     check_classes(halves["train"].labels, halves["test"].labels, names, findings)
-    return ImageData(key, halves["train"], halves["test"], names, variant="folder")
+    return ImageData(key, halves["train"], halves["test"], names, variant="folder", place=str(place))
 
 
 def _found(places: Sequence[Path]) -> Path | None:

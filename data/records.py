@@ -33,7 +33,7 @@ class ImageData:
     """A whole data set. domain_names is empty unless the data set is a domain-incremental stream.
 
     variant: which of the known splits, how it was made, and its hash. natural_order: published numbers use the
-    unshuffled class order.
+    unshuffled class order. place: where it was read, of data sets that look beside the data root.
     """
 
     name: str
@@ -44,6 +44,7 @@ class ImageData:
     variant: str = ""
     natural_order: bool = False
     digest: str = field(default="", compare=False)
+    place: str = field(default="", compare=False)
 
     @property
     def num_classes(self) -> int:

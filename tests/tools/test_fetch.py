@@ -71,3 +71,89 @@ def test_nothing_to_fetch(config, tmp_path, capsys):
     path = config(dataset=write_stream(tmp_path / "s.npz"), data_root=None, increment=2)
     assert main.main(["fetch", path]) == 0
     assert "npz:" in capsys.readouterr().out
+
+
+def _a_file(folder):
+    folder.write_text("mine")
+
+
+def _a_folder_in_its_place(folder):
+    (folder / f"{TAG}.safetensors").mkdir(parents=True)
+
+
+def _a_link_to_nowhere(folder):
+    folder.mkdir()
+    (folder / f"{TAG}.safetensors").symlink_to(folder / "nowhere")
+
+
+def _a_part(folder):
+    folder.mkdir()
+    (folder / f"{TAG}.safetensors").write_bytes(b"wei")
+
+
+@pytest.mark.parametrize("obstacle", [_a_file, _a_folder_in_its_place, _a_link_to_nowhere, _a_part])
+def test_what_stands_in_the_way_is_told_and_stays(obstacle, config, fetched, tmp_path, capsys):
+    folder = tmp_path / "weights"
+    obstacle(folder)
+    before = sorted((path, path.is_symlink(), path.is_dir()) for path in [folder, *folder.rglob("*")])
+    assert main.main(["fetch", config(backbone=TAG, weights=None), "--weights-dir", str(folder)]) == 2
+    said = capsys.readouterr()
+    assert "mnist:" in said.out and str(folder) in said.err and "--output" not in said.err
+    assert sorted((path, path.is_symlink(), path.is_dir()) for path in [folder, *folder.rglob("*")]) == before
+
+
+@pytest.mark.parametrize("link", [False, True])
+def test_fetched_twice(link, config, fetched, tmp_path, capsys):
+    folder, path = tmp_path / "weights", config(backbone=TAG, weights=None)
+    if link:
+        folder.mkdir()
+        (folder / f"{TAG}.safetensors").symlink_to(fetched)
+    for _ in range(2):
+        assert main.main(["fetch", path, path, "--weights-dir", str(folder)]) == 0
+    assert [file.name for file in folder.iterdir()] == [f"{TAG}.safetensors"]
+    assert fetched.read_bytes() == b"weights"
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+def test_a_copy_that_is_cut_off_leaves_nothing(error, config, fetched, tmp_path, capsys, monkeypatch):
+    def cut(source, target):
+        target.write(b"wei")
+        raise error
+
+    folder, path = tmp_path / "weights", config(backbone=TAG, weights=None)
+    with monkeypatch.context() as patched:
+        patched.setattr("tools.fetch.shutil.copyfileobj", cut)
+        assert main.main(["fetch", path, "--weights-dir", str(folder)]) in (2, 130)
+    assert not list(folder.iterdir())
+    assert main.main(["fetch", path, "--weights-dir", str(folder)]) == 0
+
+
+def test_all_wrong_configs_are_told_and_the_others_fetched(config, tmp_path, capsys):
+    broken = tmp_path / "broken.json"
+    broken.write_text("{")
+    paths = [config("odd", lratee=1), str(broken), config(), str(tmp_path / "none.json")]
+    assert main.main(["fetch", *paths]) == 2
+    said = capsys.readouterr()
+    assert "mnist:" in said.out
+    for part in ("lratee", "broken.json", "none.json"):
+        assert part in said.err
+    assert main.main(["fetch", str(broken)]) == 2
+    assert "nothing comes" not in capsys.readouterr().out
+
+
+def test_own_weights_below_home_are_found(config, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "mine.npz").write_bytes(b"weights")
+    assert main.main(["fetch", config(weights="~/mine.npz")]) == 0
+    assert main.main(["fetch", config(weights="~/none.npz")]) == 2
+
+
+def test_the_place_is_where_the_data_lie(config, tmp_path, monkeypatch, capsys):
+    from data import idx
+    from tests.data.official import idx_files
+
+    monkeypatch.setattr(idx, "PACKAGE", tmp_path / "usr" / "fashion-mnist")
+    idx_files(idx.PACKAGE, classes=10)
+    assert main.main(["fetch", config(dataset="fashionmnist", increment=5), config("b", dataset="digits")]) == 0
+    first, second = capsys.readouterr().out.splitlines()
+    assert f"'{idx.PACKAGE}'" in first and "data_root" not in first + second
