@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from data.checks import Findings, check_classes
+from data.downloads import leaving_no_empty_folders
 from data.layouts import Options
-from data.named import leaving_no_empty_folders
 from data.records import ImageData, Split
 
 FILES = {

@@ -1,9 +1,7 @@
 """Data sets of libraries by name and options: "torchvision:EMNIST?split=letters", "hf:NAME?label=fine_label"."""
 
-import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -156,23 +154,6 @@ def fixed_split(key: str, options: Options, findings: Findings) -> bool:
 def typed(error: BaseException) -> str:
     """What an exception of a reader says, with its type: many say a key or a number alone."""
     return reason(error) if not str(error) or isinstance(error, OSError) else f"{type(error).__name__}: {reason(error)}"
-
-
-@contextmanager
-def leaving_no_empty_folders(root: Path) -> Iterator[None]:
-    """Readers make folders before they find that there is nothing to put into them: such go again."""
-    there = {path.name for path in root.iterdir()} if root.is_dir() else None
-    try:
-        yield
-    finally:
-        made = [path for path in root.iterdir() if path.name not in (there or ())] if root.is_dir() else []
-        for folder in [path for path in made if path.is_dir()]:
-            for inner, _, _ in os.walk(folder, topdown=False):
-                with suppress(OSError):  # not empty
-                    os.rmdir(inner)
-        if there is None:
-            with suppress(OSError):
-                root.rmdir()
 
 
 def converted(options: Mapping[str, str], defaults: Mapping[str, Any], findings: Findings) -> dict[str, Any]:

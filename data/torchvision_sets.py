@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from data.checks import Findings
+from data.downloads import cut_off, leaving_no_empty_folders, marked
 from data.layouts import Options
 from data.named import (
     Half,
@@ -21,7 +22,6 @@ from data.named import (
     drawn,
     fixed_split,
     image_data,
-    leaving_no_empty_folders,
     parsed,
     rgb,
     same_classes,
@@ -173,6 +173,12 @@ def _halved_by_split(arguments: dict[str, Any]) -> bool:
 def _made(official: Any, root: Path, keys: dict[str, Any], options: Options) -> tuple[Any, Half]:
     """The set and what it holds; downloaded where it is missing and may be."""
     quiet = {"download": False} if "download" in _all(official) else {}
+    name = official.__name__
+    if (mark := cut_off(root, name)) is not None and _there(official, root, keys | quiet):
+        raise Missing(
+            f"the download of torchvision's {name} into '{root}' was cut off, and what is there may be a part: remove "
+            f"it and '{mark}', then run `python main.py fetch CONFIG` where there is a network"
+        )
     with leaving_no_empty_folders(root):
         try:
             return _opened(official, root, keys | quiet)
@@ -186,13 +192,21 @@ def _made(official: Any, root: Path, keys: dict[str, Any], options: Options) -> 
             raise _missing(official, _looked_in(error, root), typed(error)) from None
         if options.download and quiet:
             try:
-                root.mkdir(parents=True, exist_ok=True)
-                return _opened(official, root, keys | {"download": True})
+                with marked(root, name, lambda: _there(official, root, keys | quiet)):
+                    return _opened(official, root, keys | {"download": True})
             except Refused:
                 raise
             except Exception as error:  # noqa: BLE001 - url, archive and checksum faults come as many types
                 why += "" if reason(error).startswith(why) else f"; the download failed: {reason(error)}"
     raise _missing(official, looked, why)
+
+
+def _there(official: Any, root: Path, keys: dict[str, Any]) -> bool:
+    try:
+        official(str(root), **keys)
+    except Exception:  # noqa: BLE001 - as they read, they raise many types
+        return False
+    return True
 
 
 def _missing(official: Any, looked: Path, why: str) -> Missing:
