@@ -78,9 +78,11 @@ def stored_means(learner: "Learner") -> StoredMeans | None:
 class Features:
     """Collects the features of an evaluation. stored: None where there is nothing to compare them with."""
 
-    def __init__(self, stored: StoredMeans | None, images: int):
-        """images: how many will come."""
+    def __init__(self, stored: StoredMeans | None, images: int, ahead: np.ndarray | None = None):
+        """images: how many will come. ahead (N,): which of all lie in domains that are still to come, by position: what
+        is stored knows nothing of them."""
         self.stored = stored
+        self._ahead = ahead if ahead is not None and ahead.any() else None
         self._images, self._seen = images, 0
         self._rows: list[Tensor] = []
         self._targets: list[Tensor] = []
@@ -103,8 +105,8 @@ class Features:
         if self._read is None and inputs and isinstance(inputs[0], Tensor):
             self._read = inputs[0].detach()
 
-    def add(self, frozen: Mapping[str, Tensor], targets: Tensor) -> None:
-        """After a prediction: its frozen values by name, labels (B,)."""
+    def add(self, frozen: Mapping[str, Tensor], targets: Tensor, positions: np.ndarray | None = None) -> None:
+        """After a prediction: its frozen values by name, labels (B,), positions (B,) among all images."""
         if self.stored is None or not self._fits:
             return
         found, self._read = self._read, None
@@ -113,6 +115,9 @@ class Features:
             found = torch.cat(values, dim=1) if len(values) == len(names) else None
         self._fits = found is not None and found.shape[1] == self._width()
         if found is not None and self._fits:
+            if self._ahead is not None and positions is not None:
+                here = torch.from_numpy(np.flatnonzero(~self._ahead[positions])).to(targets.device, non_blocking=True)
+                found, targets = found[here], targets[here]
             every = max(1, -(-self._images * found.shape[1] * 4 // ROOM))
             first = -self._seen % every
             self._seen += len(targets)

@@ -71,7 +71,7 @@ def evaluate(
         owner, data = owner[order], data.take(order)
         batch_size = batch_size or learner.config.batch_size
     counts = _Counts(tested, learner.task, runtime.device)
-    features = Features(stored_means(learner), -(-len(data) // runtime.world))
+    features = Features(stored_means(learner), -(-len(data) // runtime.world), owner > learner.task.index)
     learner.eval()
     with runtime.stopwatch("eval"):
         with features.watching(learner.network.head):
@@ -116,7 +116,7 @@ def scored(
             frozen = _frozen(learner, images, data, positions, kept)
             scores = learner.predict(images, frozen)
         if features is not None:
-            features.add(frozen, targets)
+            features.add(frozen, targets, positions)
         yield scores if isinstance(scores, dict) else {MAIN: scores}, targets, positions
 
 

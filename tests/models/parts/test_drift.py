@@ -168,6 +168,23 @@ def test_domains_have_no_newest_classes(tmp_path):
     assert found.newest is None and found.drift is not None
 
 
+@pytest.mark.parametrize("name", ["simplecil", "slca"])
+def test_domains_to_come_are_no_drift(name, tmp_path):
+    """Tested on all domains, the images of those that are still to come say nothing of what is stored."""
+    stream = write_stream(tmp_path / "d.npz", classes=3, domains=3)
+    keys = {"dataset": stream, "shuffle": False, "increment": None, "epochs": 1}
+    manager, learner = build_tiny(tmp_path, name, **keys, dil_eval="all")
+    learn(learner, manager[0])
+    for index in range(2):
+        if index:
+            learn(learner, manager[1])
+        among_all = evaluate(learner, manager[:]).drift
+        alone = evaluate(learner, manager[: index + 1]).drift
+        assert among_all.shift == pytest.approx(alone.shift, rel=1e-4)
+        assert among_all.nearest_stored == alone.nearest_stored
+        assert among_all.nearest_present == alone.nearest_present
+
+
 def test_what_moves_is_seen(tmp_path):
     """Statistics shifted behind the network's back: the ratio tells, the stored means fail, the present ones do not."""
     manager, learner = build_tiny(tmp_path, "slca", epochs=1)
