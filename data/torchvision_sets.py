@@ -288,11 +288,11 @@ def _listed(found: Any, count: int) -> tuple[list[Path] | None, np.ndarray | Non
     for value in vars(found).values():
         if not isinstance(value, list | tuple) or len(value) != count or not count:
             continue
-        if isinstance(value[0], str | Path) and Path(value[0]).is_file():
+        if isinstance(value[0], str | Path) and _of_file(Path(value[0])):
             files = files or [Path(entry) for entry in value]
         elif isinstance(value[0], tuple) and len(value[0]) == 2 and isinstance(value[0][0], str | Path):
             paths, numbers = zip(*value, strict=True)
-            if Path(paths[0]).is_file():
+            if _of_file(Path(paths[0])):
                 return [Path(path) for path in paths], _integers(numbers)
     for name in LABELS:
         value = getattr(found, name, None)
@@ -300,6 +300,11 @@ def _listed(found: Any, count: int) -> tuple[list[Path] | None, np.ndarray | Non
         if one and (labels := _integers(value)) is not None:
             break
     return files, labels
+
+
+def _of_file(path: Path) -> bool:
+    """Whether it names a file, be it gone, or a pipe, which decoding would wait for."""
+    return path.is_file() or (len(path.parts) > 1 and path.parent.is_dir() and not path.is_dir())
 
 
 def _integers(values: Any) -> np.ndarray | None:

@@ -322,3 +322,18 @@ def test_a_missing_package_is_named(name, tmp_path, monkeypatch):
     monkeypatch.setattr(getattr(datasets, name), "__init__", lacking)
     with pytest.raises(UserError, match="a_package_of_nobody"):
         load(f"torchvision:{name}", str(tmp_path), Options())
+
+
+@pytest.mark.parametrize("name", ["DTD", "Food101", "FGVCAircraft", "OxfordIIITPet", "GTSRB"])
+@pytest.mark.parametrize("what", [os.mkfifo, lambda path: None, lambda path: path.symlink_to(path)])
+def test_the_first_image_is_no_file(name, what, tmp_path):
+    """Named by its path; a pipe is not waited for."""
+    MAKERS[name](tmp_path)
+    data = load(f"torchvision:{name}", str(tmp_path), OFFLINE)
+    for path in [path for split in (data.train, data.test) for path in split.images]:
+        if path == min(data.test.images):
+            path.unlink()
+            what(path)
+            with pytest.raises(DataError) as error:
+                load(f"torchvision:{name}", str(tmp_path), OFFLINE)
+            assert str(path) in str(error.value)
