@@ -34,6 +34,7 @@ from convs.network import Network
 from utils.errors import ConfigError
 
 Amalgam = Literal["upstream", "parameter", "none"]
+ROWS = 1024  # images times subspaces in one pass: more would take memory that grows with the tasks, and save no time
 
 
 class BranchedAdapter(nn.Module):
@@ -218,9 +219,16 @@ class AdapterNetwork(Network):
     @torch.no_grad()
     def subspaces(self, images: Tensor, first: int, last: int, plain: bool = False) -> Tensor:
         """Features of branches first .. last-1, behind those of the ViT without adapters if `plain`: (k, B, D)."""
+        prefix, some = self.prefix(images), max(1, ROWS // max(1, len(images)))
+        starts = range(first - plain, last, some)  # the place before the first branch is that of the plain ViT
+        parts = [self._subspaces(prefix, max(start, first), min(start + some, last), start < first) for start in starts]
+        return torch.cat(parts)
+
+    def _subspaces(self, prefix: Entered, first: int, last: int, plain: bool) -> Tensor:
+        """In one batched pass."""
         x, count = torch.empty(0), last - first + plain
         for number, block in enumerate(self.blocks):
-            entered = block.enter(x) if number else repeat(self.prefix(images), count)
+            entered = block.enter(x) if number else repeat(prefix, count)
             x = entered.passed if number else entered.passed.clone()
             if last > first:
                 x[plain:] += block.adapter.outputs(entered.tokens[plain:], first, last)

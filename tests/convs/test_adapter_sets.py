@@ -4,6 +4,7 @@ import pytest
 import torch
 from timm.models.vision_transformer import VisionTransformer
 
+import convs.adapters
 from convs.adapter_sets import TENSORS, Merging, add_adapter_sets, begin_task, settled
 from convs.adapters import AdaptedBlock, AdapterNetwork, BranchedAdapter, add_adapters
 from convs.heads import CosineHead
@@ -91,8 +92,10 @@ def test_starts_of_the_reference():
 
 
 @pytest.mark.parity
-def test_subspaces_of_the_reference():
-    """EASE: the newest set trains; all sets, behind the plain ViT, in one pass and one by one."""
+@pytest.mark.parametrize("rows", [1, 7, 1024])
+def test_subspaces_of_the_reference(rows, monkeypatch):
+    """EASE: the newest set trains; all sets, behind the plain ViT, in one pass, in some and one by one."""
+    monkeypatch.setattr(convs.adapters, "ROWS", rows)
     arrays = reference("ease/forward")
     sets = numbers(arrays, NAME)
     network, x = with_copies(arrays, sets), torch.from_numpy(arrays["x"])
