@@ -140,7 +140,7 @@ def plot(streams: Mapping[str, Mapping[str, Measured]], path: Path) -> None:
         panels[0, column].set_title(f"{tasks} tasks of {CLASSES // int(tasks)}")
         panels[-1, column].set_xlabel("tasks learned")
     lines = {line.get_label(): line for panel in panels[0] for line in panel.get_lines()}
-    figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=8)
+    figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=4 * len(streams))
     save(figure, path, vectors=False)
 
 
