@@ -56,7 +56,8 @@ class CastOnceLinear(nn.Linear):
         if kept is None or known is None or kept.dtype != dtype or known[0] is not own or known[1] != _writes(own):
             with torch.inference_mode(False), torch.no_grad():  # a pass without gradient may be the first to read it
                 kept = own.to(dtype)
-            own.__class__ = Watched
+            if type(own) is nn.Parameter:
+                own.__class__ = Watched
             self.low_precision[name], self._copied_from[name] = kept, (own, _writes(own))
         return kept
 
@@ -69,7 +70,7 @@ def _cast_by_autocast(own: Tensor, device: str) -> bool:
     """Whether autocast would cast this parameter, float64 it leaves alone; False also where its writes are not counted
     (inference mode) and for other tensors."""
     active = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    return active and type(own) in (nn.Parameter, Watched) and own.dtype != torch.float64 and not own.is_inference()
+    return active and isinstance(own, nn.Parameter) and own.dtype != torch.float64 and not own.is_inference()
 
 
 def _writes(own: Tensor) -> tuple[int, int]:

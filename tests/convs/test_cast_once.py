@@ -9,6 +9,7 @@ from torch import nn
 from torch.func import functional_call, vmap
 
 from convs.cast_once import CastOnceLinear, cast_frozen_once
+from tests.pretend_cuda import CUDA, pretended
 
 
 @pytest.fixture
@@ -37,6 +38,20 @@ def test_the_copy_stays_between_passes_and_changes_no_number(layer):
     assert all(layer.low_precision[name] is kept[name] for name in kept)
     assert torch.equal(first, run(plain(layer), x))
     assert torch.equal(torch.autograd.grad(first.sum(), x)[0], torch.autograd.grad(run(plain(layer), x).sum(), x)[0])
+
+
+def test_a_card_keeps_the_copies_too(layer):
+    """Pretended, as kernels are counted: the casts would be launched in every pass."""
+    with pretended() as recorder:
+        layer, x = layer.to(CUDA), torch.randn(3, 8).to(CUDA)
+        counts = []
+        for _ in range(3):
+            before = recorder.kernels["aten::_to_copy"]
+            with torch.autocast("cuda", dtype=torch.bfloat16):
+                layer(x)
+            counts.append(recorder.kernels["aten::_to_copy"] - before)
+    assert set(layer.low_precision) == {"weight", "bias"}
+    assert counts == [3, 1, 1], "weight, bias and images; then the images alone"
 
 
 def write_in_place(layer, name):
