@@ -109,7 +109,7 @@ def table(streams: Mapping[str, Mapping[str, Measured]]) -> str:
         for name, found in sorted(learners.items()):
             cells = [
                 f"{found['accuracy'][-1]:.1f}",
-                *(f"{v[1]:.3g} -> {v[-1]:.3g}" for m, v in found.items() if m != "accuracy"),
+                *(f"{v[1]:.4g} -> {v[-1]:.4g}" for m, v in found.items() if m != "accuracy"),
             ]
             lines.append(f"| {name} | {tasks} | {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -98,7 +98,7 @@ def add_adapter_sets(
 
 
 def named_subspaces(network: AdapterNetwork, images: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
-    """Features (B, D) behind the copies of these numbers ("0", "1", ...) and of the ViT alone (`PLAIN`): one pass."""
+    """Features (B, D) behind the copies of these numbers ("0", "1", ...) and of the ViT alone (`PLAIN`)."""
     numbers, plain = [int(name) for name in names if name != PLAIN], PLAIN in names
     first, last = (min(numbers), max(numbers) + 1) if numbers else (0, 0)
     found = network.subspaces(images, first, last, plain)

@@ -5,7 +5,7 @@ attention, without a LayerNorm, beside the MLP:
 
     x1 = x + attn(ln1 x)        x' = x1 + mlp(ln2 x1) + A_i(x1)        A_i(x) = s (U_i drop(relu(D_i x + c_i)) + e_i)
 
-`AdapterNetwork.subspaces` gives the features of several branches, and of the ViT without one, in one batched pass:
+`AdapterNetwork.subspaces` gives the features of several branches, and of the ViT without one, in batched passes:
 APER's two, those of EASE and MOS (convs/adapter_sets.py).
 
 RAA and SSIAT train all branches at once: the batch goes through as K + 1 replicas, [branch 0 | ... | branch K-1 |
@@ -34,7 +34,7 @@ from convs.network import Network
 from utils.errors import ConfigError
 
 Amalgam = Literal["upstream", "parameter", "none"]
-ROWS = 1024  # images times subspaces in one pass: more would take memory that grows with the tasks, and save no time
+ROWS = 1024  # images times subspaces in one pass: more would take memory that grows with the tasks
 
 
 class BranchedAdapter(nn.Module):

@@ -90,8 +90,8 @@ class Runtime:
 
     @property
     def fused_attention(self) -> bool:
-        """Whether torch's fused attention is the faster one: not for bf16 on a CPU, where its backward pass takes four
-        times as long as products and a softmax (small ViT; a step of a ViT-S 1.7, of a ViT-B 1.3 times)."""
+        """Whether torch's fused attention is the faster one: not for bf16 on a CPU, where a training step with it takes
+        1.3 (ViT-B) to 3.7 times (small ViT) as long as with products and a softmax."""
         return self.device.type != "cpu" or self.autocast_dtype is None
 
     @property
