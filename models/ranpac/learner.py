@@ -6,10 +6,12 @@ every task  G += h^T h,  Q += h^T y,   h = relu(f(x) W),   lambda from the task'
 scores      z = h (G + lambda I)^-1 Q,  without normalisation or bias
 
 G and Q hold all tasks and all domains; lambda is the current task's. Where few images meet many dimensions the choice
-of lambda is unstable: its loss is flat over many decades, and a tiny lambda costs points where G is nearly singular.
+of lambda is unstable: its loss is flat over many decades, and a tiny lambda costs points where G is nearly singular (on
+clothes with a ViT-S 83 -> 11 % in one task, docs/results_real.md; a lambda below the rounding of G is warned of).
 "ridges": [0, 8] and "ridge_slack": 0.01 avoid that.
 """
 
+import logging
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
 
@@ -28,6 +30,8 @@ from models.ranpac.ridge import RandomRidge, choose_ridge, ridge_losses
 from utils.config import Rate, Whole
 from utils.keys import key
 from utils.seed import folded
+
+log = logging.getLogger(__name__)
 
 Exponent = Annotated[int, Field(ge=-12, le=12)]
 REGRESSION = ("linear", "cosine")
@@ -87,7 +91,13 @@ class RanPAC(FirstSession):
             if self.config.head == "ncm":
                 self.ridge.weight = self.ridge.sums.clone()
             else:
-                self.ridge.solve(self._lambda(features, labels))
+                self.ridge.solve(ridge := self._lambda(features, labels))
+                if ridge < (rounding := self.ridge.rounding):
+                    log.warning(
+                        "task %d: lambda %.0e lies below the rounding of the Gram matrix (%.0e): where that is singular "
+                        'the scores are noise. "ridges": [0, 8] with "ridge_slack": 0.01 keep lambda above it',
+                        task.index + 1, ridge, rounding,
+                    )  # fmt: skip
 
     def _lambda(self, features: Tensor, labels: Tensor) -> float:
         """The choice among the candidates, on the task's images in a random order."""

@@ -81,6 +81,12 @@ class RandomRidge(Growing):
         choice = 8 * (rows * width + 2 * fitted * width + 3 * short**2)
         return {"statistics": 8 * rows * self.projection.shape[0] + max(choice, 16 * width**2)}
 
+    @property
+    def rounding(self) -> float:
+        """What a lambda must exceed to be more than the rounding of G: eps of float64 times the trace, which bounds the
+        largest eigenvalue. Where G is singular a smaller one leaves W_o to chance."""
+        return torch.finfo(torch.float64).eps * self.gram.trace().item()
+
     def solve(self, ridge: float) -> None:
         """W_o with this lambda."""
         system = self.gram.clone()

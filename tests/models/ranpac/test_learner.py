@@ -100,6 +100,14 @@ def every(task) -> torch.Tensor:
     return torch.stack([view[i][0] for i in range(len(view))]).float() / 255
 
 
+@pytest.mark.parametrize(("exponent", "warned"), [(-12, True), (0, False)])
+def test_a_lambda_below_the_rounding_is_said(exponent, warned, tmp_path, caplog):
+    keys = NO_TRAINING | {"petl": "none", "projection": 500, "ridges": [exponent, exponent]}
+    manager, learner = build_tiny(tmp_path, "ranpac", **keys)
+    learn(learner, manager[0])
+    assert ("task 1: lambda 1e-12 lies below the rounding" in caplog.text) == warned
+
+
 def test_nearest_mean_ablation(tmp_path):
     manager, learner = build_tiny(tmp_path, "ranpac", petl="none", head="ncm", projection=None, **NO_TRAINING)
     learn(learner, manager[0])

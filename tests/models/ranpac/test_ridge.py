@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from models.ranpac.ridge import RandomRidge, choose_ridge, ridge_losses
+from models.ranpac.ridge import RandomRidge, choose_ridge, ridge_losses, ridge_predictions
 from tests.conftest import reference
 from tests.convs.vits import numbers
 
@@ -105,6 +105,27 @@ def test_a_system_that_rounding_makes_indefinite_is_solved():
     expected = torch.tensor([1e-7, 1 / (1 + 1e-8), 1 / (1e-8 - 1e-7)], dtype=torch.float64)
     ridge.solve(1e-8)
     torch.testing.assert_close(ridge.weight, expected.expand(2, 3), rtol=1e-7, atol=0)
+
+
+@pytest.mark.parametrize("scale", [1e-2, 1.0, 1e3, 1e6])
+def test_below_the_rounding_of_the_sums_scores_are_chance(scale):
+    """A singular system (rank 8 of 200) against the answer by singular values, which has no such limit."""
+    torch.manual_seed(0)
+    features = scale * (torch.randn(60, 8) @ torch.randn(8, 200))
+    labels = torch.arange(60) % 3
+    ridge = RandomRidge(200)
+    ridge.draw(0, torch.Generator())
+    ridge.grow(3)
+    ridge.add(features, labels)
+
+    def error(lamb: float) -> float:
+        ridge.solve(lamb)
+        rows = features.double()
+        exact = ridge_predictions(rows, torch.nn.functional.one_hot(labels).double(), rows, [lamb])[0]
+        return float((rows @ ridge.weight.mT - exact).abs().max())
+
+    assert error(1e4 * ridge.rounding) < 0.01
+    assert error(1e-3 * ridge.rounding) > 0.1
 
 
 def test_state_of_any_width():
