@@ -1,5 +1,6 @@
 """A network as training calls it: compiled, in several processes, in the layout that convolutions are fast in."""
 
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -10,6 +11,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map_only
 
+log = logging.getLogger(__name__)
+
 
 class WrappedNetwork(nn.Module):
     """What the network answers, whatever it is called with.
@@ -19,7 +22,7 @@ class WrappedNetwork(nn.Module):
     compiled: by torch.compile, once. The number of images is left open, so that an epoch's smaller last batch needs no
     compilation of its own; a batch of one, which torch always compiles apart, is computed as it is. Tensors are made
     contiguous, since slices of a batch would be compiled for beside whole ones. In several processes from the second
-    step on.
+    step on. Where torch compiles nothing (it can be switched off from outside) a warning says so.
     channels_last: weights and images in this layout; no value changes.
     """
 
@@ -30,6 +33,7 @@ class WrappedNetwork(nn.Module):
         if channels_last:
             network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.network = network
+        self._compiled_before: int | None = None  # until the first compiled call has been looked at
         self._called: Any = self._distributed(search=True) if shared else network
         self._compiled: Any = self._compile() if compiled and not shared else None
 
@@ -38,7 +42,15 @@ class WrappedNetwork(nn.Module):
             arguments = tree_map_only(Tensor, self._laid_out, arguments)
         if self._compiled is None or not _open_rows(arguments):
             return self._called(*arguments, **options)
-        return self._compiled(*arguments, **options)
+        outputs = self._compiled(*arguments, **options)
+        if self._compiled_before is not None:
+            if _compiled_frames() == self._compiled_before:
+                log.warning(
+                    '"compile": torch compiled nothing, so the network runs as without it; TORCH_COMPILE_DISABLE, '
+                    "TORCHDYNAMO_DISABLE or torch.compiler.set_stance can be the reason, TORCH_LOGS=dynamo tells"
+                )
+            self._compiled_before = None
+        return outputs
 
     def _laid_out(self, value: Tensor) -> Tensor:
         images = self._channels_last and value.dim() == 4
@@ -65,8 +77,13 @@ class WrappedNetwork(nn.Module):
         """Anew, with nothing left of networks before: torch counts compilations of a function over all of them, and
         past eight falls back to plain execution without a word. Random numbers are drawn as without."""
         torch._dynamo.reset()
+        self._compiled_before = _compiled_frames()
         torch._inductor.config.fallback_random = True
         return torch.compile(self._called)
+
+
+def _compiled_frames() -> int:
+    return torch._dynamo.utils.counters["frames"]["ok"]
 
 
 def is_convolutional(network: nn.Module) -> bool:

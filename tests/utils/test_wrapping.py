@@ -1,5 +1,7 @@
 """What training calls instead of the network: in several processes, in the layout of convolutions."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
@@ -65,8 +67,6 @@ def test_processes_look_for_unused_parameters_only_where_there_are_some(idle, ke
 
 @pytest.mark.slow
 def test_several_processes_compile_behind_the_first_step(tmp_path, monkeypatch):
-    from functools import partial
-
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     alone = trained(tmp_path, monkeypatch, idle=False)
     for found in in_forks(tmp_path, lambda folder: trained(folder, monkeypatch, False, compiled=True)):
@@ -116,3 +116,13 @@ def test_a_vit_on_the_device_keeps_its_layout_and_cudnn_is_left_alone(tmp_path, 
     learner.runtime.device = CUDA
     assert not isinstance(learner.runtime.wrap(learner.network), WrappedNetwork)
     assert not torch.backends.cudnn.benchmark
+
+
+@pytest.mark.parametrize("stance", ["default", "force_eager"])
+def test_a_network_that_torch_does_not_compile_is_said(stance, monkeypatch, caplog):
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    network = WrappedNetwork(nn.Linear(3, 2), torch.device("cpu"), shared=False, compiled=True, channels_last=False)
+    with torch.compiler.set_stance(stance):
+        for _ in range(2):
+            network(torch.ones(4, 3))
+    assert caplog.text.count("torch compiled nothing") == (stance == "force_eager")
