@@ -8,6 +8,7 @@ from typing import Any
 from utils.aggregate import Runs, Spread, finished_runs, spread
 from utils.errors import UserError, did_you_mean
 from utils.plots import FIGURES, curves_of, plot_curves, protocol
+from utils.results import is_number
 from utils.tables import Form, Table, with_std
 
 COMMAND = "compare"
@@ -135,7 +136,7 @@ def _numbers(result: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
     for key, value in result.items():
         if isinstance(value, Mapping) and key in ("seconds", "parameters", "data"):
             found |= _numbers(value, f"{key}.")
-        elif isinstance(value, int | float) and not isinstance(value, bool):
+        elif is_number(value):
             found[f"{prefix}{key}"] = float(value)
     return found
 

@@ -115,6 +115,42 @@ def plot_curves(curves: Sequence[Curves], title: str, path: Path, ylabel: str = 
     save(figure, path)
 
 
+@dataclass(frozen=True)
+class Sweep:
+    """Of one row over one key: points (value, accuracy in percent), by value."""
+
+    key: str
+    label: str
+    points: Sequence[tuple[float, float]]
+
+
+def plot_sweeps(sweeps: Sequence[Sweep], title: str, path: Path) -> None:
+    """A panel per key, a line per row, its best point filled; values above 0 that span a decade on a log scale."""
+    keys = list(dict.fromkeys(sweep.key for sweep in sweeps))
+    styles = {label: _style(number) for number, label in enumerate(dict.fromkeys(sweep.label for sweep in sweeps))}
+    figure = new_figure(SIZE[0] * (1 if len(keys) == 1 else 0.8 * len(keys)), SIZE[1] + 0.11 * len(styles))
+    panels = figure.subplots(1, len(keys), squeeze=False, sharey=True)[0]
+    for key, axes in zip(keys, panels, strict=True):
+        lines = [sweep for sweep in sweeps if sweep.key == key]
+        for sweep in lines:
+            values, accuracies = zip(*sweep.points, strict=True)
+            best = int(np.argmax(accuracies))
+            axes.plot(values, accuracies, mfc="white", **styles[sweep.label])
+            axes.plot(values[best], accuracies[best], **styles[sweep.label])
+        everywhere = [value for sweep in lines for value, _ in sweep.points]
+        if min(everywhere) > 0 and max(everywhere) >= 10 * min(everywhere):
+            axes.set_xscale("log")
+        axes.set_xlabel(key)
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel("last accuracy (percent)")
+    figure.suptitle(_wrapped(title, 70 if len(keys) == 1 else 56 * len(keys)), fontsize=10)
+    figure.legend(
+        [panels[0].plot([], [], mfc="white", **style)[0] for style in styles.values()], styles, ncols=2, fontsize=8,
+        loc="outside lower center", title="on the validation part; filled: the best point", title_fontsize=8,
+    )  # fmt: skip
+    save(figure, path)
+
+
 def plot_differences(
     bars: Sequence[tuple[str, float | None, float | None, str]], what: str, title: str, path: Path
 ) -> None:

@@ -30,6 +30,11 @@ def write_json(path: Path, values: Any) -> None:
     write_text(path, json.dumps(values, indent=1, allow_nan=False) + "\n")
 
 
+def is_number(value: Any) -> bool:
+    """Of what JSON holds: true and false are none."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def make_folder(folder: Path) -> None:
     """Create a folder, or say why it cannot be written."""
     try:

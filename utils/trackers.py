@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from utils.errors import UserError
+from utils.results import is_number
 
 log = logging.getLogger(__name__)
 
@@ -70,19 +71,15 @@ def open_trackers(names: Sequence[str], folder: Path, config: Mapping[str, Any],
 def epoch_numbers(line: Mapping[str, Any]) -> dict[str, float]:
     """The measured numbers of an epoch's line; task, stage and epoch are places, not measurements."""
     places = ("task", "epoch", "epochs")
-    return {f"epoch/{key}": float(value) for key, value in line.items() if key not in places and _is_number(value)}
+    return {f"epoch/{key}": float(value) for key, value in line.items() if key not in places and is_number(value)}
 
 
 def task_numbers(result: Mapping[str, Any]) -> dict[str, float]:
     """What a task changed: accuracies under every score, forgetting, seconds by phase, memory, stored bytes."""
-    found = {f"task/{key}": float(value) for key, value in result.items() if _is_number(value) and key != "tasks"}
+    found = {f"task/{key}": float(value) for key, value in result.items() if is_number(value) and key != "tasks"}
     found |= {f"seconds/{key}": float(value) for key, value in result["seconds"].items()}
     stored = result["parameters"]["stored_bytes_per_task"]
     return found | ({"task/stored_bytes": float(stored[-1])} if stored else {})
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 class TensorBoard:

@@ -94,8 +94,8 @@ class RanPAC(FirstSession):
                 self.ridge.solve(ridge := self._lambda(features, labels))
                 if ridge < (rounding := self.ridge.rounding):
                     log.warning(
-                        "task %d: lambda %.0e lies below the rounding of the Gram matrix (%.0e): where that is singular "
-                        'the scores are noise. "ridges": [0, 8] with "ridge_slack": 0.01 keep lambda above it',
+                        "task %d: lambda %.0e lies below the rounding of the Gram matrix (%.0e): where that is "
+                        'singular the scores are noise. "ridges": [0, 8] with "ridge_slack": 0.01 keep lambda above it',
                         task.index + 1, ridge, rounding,
                     )  # fmt: skip
 

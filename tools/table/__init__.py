@@ -28,6 +28,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--write", type=Path, nargs="+", default=[], metavar="FILE",
                         help="write the table: .txt, .md, .csv, .tex")  # fmt: skip
     parser.add_argument("--figure", type=Path, metavar="FILE", help="curves of the rows: .pdf, .svg, .png")
+    parser.add_argument("--sweeps", type=Path, metavar="FILE",
+                        help="accuracy on the validation part over what rows sweep: .pdf, .svg, .png")  # fmt: skip
     parser.add_argument("--differences", type=Path, metavar="FILE", help="bars, ours less theirs: .pdf, .svg, .png")
 
 

@@ -1,6 +1,7 @@
 """The command: read the table, run what is missing, print and write what there is."""
 
 import argparse
+import json
 import logging
 import signal
 from collections.abc import Callable, Sequence
@@ -29,7 +30,8 @@ from tools.table.show import as_table, csv_table
 from tools.table.spec import TableFile, read_table
 from utils.checking import parse_set
 from utils.errors import Interrupted, UserError
-from utils.results import make_folder, write_text
+from utils.plots import Sweep
+from utils.results import is_number, make_folder, write_text
 from utils.tables import SUFFIXES, Table
 
 log = logging.getLogger(__name__)
@@ -37,8 +39,8 @@ log = logging.getLogger(__name__)
 
 def run(options: argparse.Namespace) -> int:
     """0; 1 where a job failed or has no data, 3 when it was stopped while jobs ran. Raises UserError."""
-    outputs = [*options.write, *(path for path in (options.figure, options.differences) if path is not None)]
-    check_outputs(options.write, [options.figure, options.differences], outputs)
+    figures = [path for path in (options.figure, options.sweeps, options.differences) if path is not None]
+    check_outputs(options.write, figures)
     if options.jobs is not None and options.jobs < 1:
         raise UserError(f"--jobs must be at least 1, got {options.jobs}")
     flags = {"device": options.device, "data_root": options.data_root}
@@ -61,7 +63,7 @@ def run(options: argparse.Namespace) -> int:
     for path in options.write:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, rendered(table, shown, SUFFIXES[path.suffix.lower()]))
-    draw(table, shown, options.figure, options.differences)
+    draw(table, shown, options.figure, options.sweeps, options.differences)
     print(rendered(table, shown, options.format), end="")
     for outcome in failed:
         log.error("failed: %s (status %s): %s", outcome.job.name, outcome.status, outcome.job.last_line())
@@ -81,7 +83,7 @@ def rendered(table: TableFile, shown: Sequence[Any], form: Any) -> str:
     return made.render(form)
 
 
-def check_outputs(tables: Sequence[Path], figures: Sequence[Path | None], outputs: Sequence[Path]) -> None:
+def check_outputs(tables: Sequence[Path], figures: Sequence[Path]) -> None:
     """Before anything is run: a name that says no form is an error, not a lost hour."""
     from utils.plots import FIGURES
 
@@ -89,15 +91,17 @@ def check_outputs(tables: Sequence[Path], figures: Sequence[Path | None], output
         if path.suffix.lower() not in SUFFIXES:
             raise UserError(f"'{path}': a table is written as {', '.join(SUFFIXES)}")
     for figure in figures:
-        if figure is not None and figure.suffix.lower() not in FIGURES:
+        if figure.suffix.lower() not in FIGURES:
             raise UserError(f"'{figure}': a figure is written as {', '.join(FIGURES)}")
-    for path in outputs:
+    for path in (*tables, *figures):
         if path.is_dir():
             raise UserError(f"'{path}' is a folder: name a file")
 
 
-def draw(table: TableFile, shown: Sequence[Any], figure: Path | None, differences: Path | None) -> None:
-    from utils.plots import curves_of, plot_curves, plot_differences
+def draw(
+    table: TableFile, shown: Sequence[Any], figure: Path | None, sweeps: Path | None, differences: Path | None
+) -> None:
+    from utils.plots import curves_of, plot_curves, plot_differences, plot_sweeps
 
     caption = f"{table.spec.title}\n{table.spec.protocol}"
     if figure is not None:
@@ -105,6 +109,11 @@ def draw(table: TableFile, shown: Sequence[Any], figure: Path | None, difference
         if not curves:
             raise UserError(f"--figure {figure}: no row has a finished seed, so there is no curve to draw")
         plot_curves(curves, caption, figure)
+    if sweeps is not None:
+        lines = sweep_lines(table)
+        if not lines:
+            raise UserError(f"--sweeps {sweeps}: no row has a finished point of a sweep over a number")
+        plot_sweeps(lines, caption, sweeps)
     if differences is not None:
         metric = table.spec.metrics[0]
         bars = [(entry.row.name, verdict.difference, verdict.error, verdict.word) for entry in shown
@@ -112,6 +121,21 @@ def draw(table: TableFile, shown: Sequence[Any], figure: Path | None, difference
         if not bars:
             raise UserError(f"--differences {differences}: no row has ours and theirs, so there is nothing to draw")
         plot_differences(bars, metric, caption, differences)
+
+
+def sweep_lines(table: TableFile) -> list[Sweep]:
+    """A line per row and number that it sweeps; where it sweeps several keys, one for each choice of the others."""
+    found: dict[tuple[str, str], list[tuple[float, float]]] = {}
+    for row in table.rows:
+        for key, values in row.spec.grid.items():
+            if sum(map(is_number, values)) < 2:
+                continue
+            for point, last in row.swept:
+                others = ", ".join(f"{name} {json.dumps(value)}" for name, value in point.items() if name != key)
+                if is_number(point[key]):
+                    label = f"{row.name} ({others})" if others else row.name
+                    found.setdefault((key, label), []).append((point[key], last))
+    return [Sweep(key, label, sorted(points)) for (key, label), points in found.items()]
 
 
 def sweep_jobs(table: TableFile) -> list[Job]:

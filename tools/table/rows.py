@@ -17,6 +17,7 @@ from tools.table.verdict import Verdict, judge, obstacles, parting
 from utils.aggregate import Runs, differences, runs_of, spread
 from utils.errors import UserError
 from utils.folders import read_result, seed_folder
+from utils.results import is_number
 from utils.storage import expanded
 
 
@@ -41,14 +42,25 @@ def settle(table: TableFile, root: Path) -> TableFile:
 
 
 def _settled(row: Row, root: Path) -> Row:
-    if not row.grid or row.experiment is None or unsettled(row):
+    if not row.grid or row.experiment is None:
         return row
-    means = [spread([result["last_acc"] for result in _sweep(row, point)]).mean for _, point in row.grid]
-    point, _ = row.grid[means.index(max(means))]
+    found = [(point, _sweep(row, experiment)) for point, experiment in row.grid]
+    swept = tuple((point, spread([one["last_acc"] for one in results]).mean) for point, results in found if results)
+    if len(swept) < len(row.grid):
+        return replace(row, swept=swept)
+    point, best = max(swept, key=lambda entry: entry[1])
     told = ", ".join(f"{key} {json.dumps(value)}" for key, value in point.items())
-    chosen = f"{told} of {len(means)} points, by {max(means):.2f} on the validation part"
+    chosen = f"{told} of {len(swept)} points, by {best:.2f} on the validation part"
+    if at_edge := [key for key, value in point.items() if _is_edge(value, row.spec.grid[key])]:
+        chosen += f", at the edge of the sweep over {' and '.join(at_edge)}"
     experiment = resolve(row.experiment.file, {**row.experiment.set, **point}, root)
-    return replace(row, experiment=experiment, grid=(), chosen=chosen)
+    return replace(row, experiment=experiment, grid=(), chosen=chosen, swept=swept)
+
+
+def _is_edge(value: Any, values: Sequence[Any]) -> bool:
+    """Of several numbers the smallest or the largest: beyond it may lie a better one."""
+    numbers = {other for other in values if is_number(other)}
+    return len(numbers) > 1 and is_number(value) and value in (min(numbers), max(numbers))
 
 
 def unsettled(row: Row) -> str:

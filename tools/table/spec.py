@@ -103,13 +103,15 @@ class Experiment:
 @dataclass(frozen=True)
 class Row:
     """experiment: None for a method that is not here. grid: (keys of a point, its experiment on the validation part);
-    empty once the best point is the row's experiment: chosen says which, and how good it was."""
+    empty once the best point is the row's experiment: chosen says which, and how good it was. swept: (keys of a point,
+    last accuracy on the validation part), of the points that are finished."""
 
     spec: RowSpec
     experiment: Experiment | None
     seeds: tuple[int, ...]
     grid: tuple[tuple[Mapping[str, Any], Experiment], ...] = ()
     chosen: str = ""
+    swept: tuple[tuple[Mapping[str, Any], float], ...] = ()
 
     @property
     def name(self) -> str:

@@ -157,6 +157,35 @@ def test_a_sweep_takes_the_best_point_by_the_validation_part(project, capsys):
     assert "x: not finished: seed 1996." in out
 
 
+@pytest.mark.parametrize(
+    ("grid", "best", "edges"),
+    [
+        ({"image_size": [16, 32, 64]}, 0, ["image_size"]),
+        ({"image_size": [16, 64, 32]}, 1, ["image_size"]),
+        ({"image_size": [16, 32, 64]}, 1, []),
+        ({"image_size": [32]}, 0, []),
+        ({"normalize": ["half", "cifar"]}, 0, []),
+        ({"image_size": [16, 32, 64], "class_order_seed": [1, 2]}, 2, ["class_order_seed"]),
+        ({"image_size": [16, 32], "class_order_seed": [1, 2]}, 3, ["image_size", "class_order_seed"]),
+    ],
+)
+def test_a_best_point_at_the_edge_of_a_sweep_is_said_and_sweeps_are_drawn(grid, best, edges, project, capsys):
+    write_table(project, [{"name": "x", "config": "../a.json", "grid": grid}])
+    row = read_table(project / "exps" / "tables" / "t.json", Path("runs")).rows[0]
+    figure, is_drawn = project / "sweeps.svg", len(grid.get("image_size", ())) > 1
+    assert table("--sweeps", str(figure)) == 2 and "no row has a finished point" in capsys.readouterr().err
+    for number, (_, experiment) in enumerate(row.grid):
+        write_seed(experiment.folder, experiment.config, 1993, curve=(99.0, 85.0 if number == best else 80.0))
+    assert table("--sweeps", str(figure)) == (0 if is_drawn else 2)
+    assert figure.exists() == is_drawn
+    if is_drawn:
+        drawn = figure.read_text()
+        assert all(key in drawn for key in grid) and ("x (class_order_seed 2)" in drawn) == ("class_order_seed" in grid)
+    assert table() == 0
+    words = f", at the edge of the sweep over {' and '.join(edges)}." if edges else "."
+    assert f"by 85.00 on the validation part{words}" in capsys.readouterr().out
+
+
 def job(tmp_path: Path, name: str, code: str) -> Job:
     return Job(name, (sys.executable, "-c", code), tmp_path / name, tmp_path / f"{name}.log")
 
