@@ -221,7 +221,7 @@ class SeedRun(Observer):
             kept.write(self.runtime, self.manager[: task.index + 1], result, self.folder)
         log.info("task %d/%d  accuracy %.2f  average %.2f  task known %.2f", task.index + 1, task.num_tasks,
                  result["last_acc"], result["avg_acc"], result["last_acc_task_il"])  # fmt: skip
-        say(record.drift[-1], task.info)
+        say(record.drift[-1], task.info, found.drift)
 
     def result(self) -> dict[str, Any]:
         """What result.json holds, for the tasks done so far."""

@@ -33,6 +33,10 @@ if TYPE_CHECKING:  # a part imports no learner
 log = logging.getLogger(__name__)
 
 ROOM = 256 * 2**20  # bytes of features kept; where there are more, every second image, every third, ...
+MOVED = (
+    "features of old classes have moved {ratio:.2f} times the distance between class means: what is stored of them is "
+    "out of date. Train the backbone more slowly (its learning rate, fewer epochs)"
+)
 BLOCK = 4096  # rows compared at a time
 DIGITS = 4  # significant ones: features that a resumed run computes in other batches differ in their last bits
 
@@ -42,7 +46,8 @@ class StoredMeans:
     """means (G, D) of the classes labels (G,); known (G,): which are filled, default all.
 
     of: what is stored of a feature, (n, D') -> (n, D); default: the feature. unit: means are brought to unit length.
-    names: frozen values that make up the features, side by side; (): what the network's head reads.
+    names: frozen values that make up the features, side by side; (): what the network's head reads. apart: what a ratio
+    above 1 means here, and what to do.
     """
 
     means: Tensor
@@ -51,17 +56,20 @@ class StoredMeans:
     of: Callable[[Tensor], Tensor] | None = None
     unit: bool = False
     names: tuple[str, ...] = ()
+    apart: str = MOVED
 
 
 @dataclass(frozen=True)
 class Drift:
     """shift (C,): NaN for a class without a stored mean or test images. between: NaN with fewer than two means.
-    nearest_stored, nearest_present: accuracy in percent on images of the classes that have both."""
+    nearest_stored, nearest_present: accuracy in percent on images of the classes that have both. apart: see
+    StoredMeans."""
 
     shift: np.ndarray
     between: float
     nearest_stored: float
     nearest_present: float
+    apart: str
 
 
 def stored_means(learner: "Learner") -> StoredMeans | None:
@@ -169,6 +177,7 @@ def _drift(stored: StoredMeans, rows: Tensor, targets: Tensor, classes: int, run
         between=float(np.median(finite)) if len(finite) else float("nan"),
         nearest_stored=100 * stored_right / total if total else float("nan"),
         nearest_present=100 * present_right / total if total else float("nan"),
+        apart=stored.apart,
     )
 
 
@@ -225,8 +234,8 @@ def _rounded(value: float) -> float | None:
     return float(f"{value:.{DIGITS}g}") if np.isfinite(value) else None
 
 
-def say(found: Mapping[str, Any], task: TaskInfo) -> None:
-    """One line in the log, from the second task on; a warning above a ratio of 1."""
+def say(found: Mapping[str, Any], task: TaskInfo, drift: Drift | None) -> None:
+    """One line in the log, from the second task on; a warning above a ratio of 1. found: what is noted of `drift`."""
     if task.index == 0:
         return
     parts = []
@@ -239,9 +248,5 @@ def say(found: Mapping[str, Any], task: TaskInfo) -> None:
                      "of images")  # fmt: skip
     if parts:
         log.info("task %d/%d  %s", task.index + 1, task.num_tasks, "  ".join(parts))
-    if found["ratio"] is not None and found["ratio"] > 1:
-        log.warning(
-            "task %d: features of old classes have moved %.2f times the distance between class means: what is stored "
-            "of them is out of date. Train the backbone more slowly (its learning rate, fewer epochs)",
-            task.index + 1, found["ratio"],
-        )  # fmt: skip
+    if drift is not None and found["ratio"] is not None and found["ratio"] > 1:
+        log.warning("task %d: %s", task.index + 1, drift.apart.format(ratio=found["ratio"]))

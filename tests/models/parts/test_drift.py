@@ -142,9 +142,21 @@ def test_old_classes_make_the_ratio():
 def test_a_ratio_above_one_is_warned_of(scale, warned, caplog):
     stored = StoredMeans(STORED, torch.arange(3))
     with caplog.at_level(logging.INFO):
-        say(noted(drift_of(stored, ROWS * scale), (3, 2, 6), task()), task())
+        drift = drift_of(stored, ROWS * scale)
+        say(noted(drift, (3, 2, 6), task()), task(), drift)
     assert any(entry.levelno == logging.WARNING for entry in caplog.records) == warned
     assert sum("drift" in entry.message for entry in caplog.records) == 1
+
+
+def test_prototypes_that_are_written_have_not_moved(tmp_path, caplog):
+    """EASE under a ratio above 1: no advice to train a frozen network more slowly."""
+    manager, learner = build_tiny(tmp_path, "ease", epochs=1)
+    for one in manager:
+        learn(learner, one)
+    learner.prototypes.matrix[:-2, -1] += 100
+    found = evaluate(learner, manager[:])
+    say(noted(found.drift, found.newest, manager[2].info), manager[2].info, found.drift)
+    assert "are written, not measured" in caplog.text and "have moved" not in caplog.text
 
 
 def test_predictions_of_the_newest_task(tmp_path):
