@@ -311,7 +311,9 @@ class TrainConfig(RunConfig):
         "parts in which a batch goes through the network, one step of the optimiser: the same gradient in less memory",
     )
     clip_norm: Positive | None = key(
-        None, "largest norm of the gradient over all weights that train: a longer one is scaled to it (SAM: the second)"
+        None,
+        "largest norm of the gradient over all weights that train: a longer one is scaled to it (SAM: the second); the "
+        "alignment of a head to drawn features has steps of its own",
     )
     compile: bool = key(False, "torch.compile the network in training")
     eval_every: Whole = key(0, "evaluate every so many epochs inside a task; 0: after each task only")
