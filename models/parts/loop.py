@@ -171,6 +171,7 @@ def fit(
             state.seconds = time.perf_counter() - started
             observer.step_done(state)
         _end_epoch(learner, state, observer, started)
+    learner.zero_grad(set_to_none=True)  # what is frozen from here on would keep its own for good
 
 
 def _end_epoch(learner: "Learner", state: FitState, observer: Observer, started: float) -> None:

@@ -4,17 +4,20 @@ python -m pytest tests/contract --learner my_package.my_module:MyLearner       r
 """
 
 import copy
+import gc
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from models.base import Learner
 from models.factory import build_learner, learner_class
 from models.parts.evaluation import evaluate, scored
 from models.parts.frozen_store import FrozenStore
-from models.parts.loop import Position, begin, fit, learn
+from models.parts.loop import Observer, Position, begin, fit, learn
+from models.parts.peaks import Live
 from models.parts.state import HARNESS, learner_state, restore
 from tests.conftest import build_tiny, write_stream
 from utils import checkpoint
@@ -218,6 +221,38 @@ def test_only_what_is_in_param_groups_changes_in_training(stream):
             learner.after_stage(task)
         learner.stage = None
         learner.after_task(task)
+
+
+def test_no_gradient_outlives_its_stage(stream):
+    """A network that is frozen afterwards would keep it for good: as much again as all networks of DER and MEMO."""
+    manager, learner = stream
+
+    class Looks(Observer):
+        def stage_done(self, number: int) -> None:
+            assert not [name for name, parameter in learner.named_parameters() if parameter.grad is not None]
+
+    for task in manager[:2]:
+        learn(learner, task, Looks())
+
+
+@pytest.mark.parametrize("stream", ["equal tasks"], indirect=True)
+def test_what_lives_beside_the_state_does_not_grow(stream):
+    """Bytes of tensors made in learning that are still there after a task and are no part of what is saved."""
+    manager, learner = stream
+    learn(learner, manager[0])
+    beside = []
+    with Live() as live:
+        before = state_bytes(learner)
+        for task in manager[1:]:
+            learn(learner, task)
+            gc.collect()
+            beside.append(live.now - (state_bytes(learner) - before))
+    assert beside[1] <= beside[0] + 256
+
+
+def state_bytes(learner: Learner) -> int:
+    tensors = [value for value in tree_leaves(learner_state(learner)) if isinstance(value, torch.Tensor)]
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
 
 def test_stages_are_pure(stream):
