@@ -26,6 +26,7 @@ from convs.heads import CosineHead
 from data.stream import Task
 from models.base import LEARNERS, Learner
 from models.ease.subspaces import SubspacePrototypes, Synthesis, concatenated_scores, subspace_scores
+from models.parts.drift import StoredMeans
 from models.parts.optim import group
 from models.parts.prototypes import ClassMeans
 from utils.config import Count, Rate, TrainConfig
@@ -34,6 +35,13 @@ from utils.keys import key, redefault
 
 def proxy_head(width: int) -> CosineHead:
     return CosineHead(width, init="uniform", learn_scale=True)
+
+
+WRITTEN = (
+    "prototypes of old classes in newer subspaces are written, not measured, and lie {ratio:.2f} times the distance "
+    "between class means from the features there, which have not moved"
+)
+LESS_OF_THEM = '. A smaller "alpha" gives them less weight'
 
 
 @LEARNERS.register("ease")
@@ -107,6 +115,16 @@ class EASE(Learner):
     def frozen_names(self) -> tuple[str, ...]:  # type: ignore[override]
         plain = (PLAIN,) if self.config.use_init_ptm else ()
         return (*plain, *(str(index) for index in range(self.adapters[0].copies)))
+
+    def _stored_means(self) -> StoredMeans | None:
+        """The prototypes, of all subspaces side by side: those that were written are off from the start. With
+        use_diagonal most blocks are zero, and a distance over all of them says nothing."""
+        matrix = self.prototypes.matrix
+        if self.config.use_diagonal or not len(matrix):
+            return None
+        labels = torch.arange(len(matrix), device=matrix.device)
+        words = WRITTEN + LESS_OF_THEM * self.config.use_reweight
+        return StoredMeans(matrix.flatten(1), labels, names=tuple(self.frozen_names), apart=words)
 
     def frozen(self, images: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
         return named_subspaces(self.network, images, names)

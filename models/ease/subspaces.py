@@ -18,13 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from convs.growing import Growing
-from models.parts.drift import StoredMeans
 from models.parts.prototypes import cosines
 
-WRITTEN = (
-    "prototypes of old classes in newer subspaces are written, not measured, and lie {ratio:.2f} times the distance "
-    'between class means from the features there, which have not moved. A smaller "alpha" gives them less weight'
-)
 Synthesis = Literal["all", "newest", "none"]
 
 
@@ -36,11 +31,6 @@ class SubspacePrototypes(Growing):
     def __init__(self, feature_dim: int):
         super().__init__()
         self.register_buffer("matrix", torch.zeros(0, 0, feature_dim))
-
-    def stored_means(self, names: tuple[str, ...]) -> StoredMeans:
-        """Of all subspaces side by side: what was written instead of measured is off from the start."""
-        labels = torch.arange(len(self.matrix), device=self.matrix.device)
-        return StoredMeans(self.matrix.flatten(1), labels, names=names, apart=WRITTEN)
 
     def add(self, measured: Tensor, sizes: Sequence[int], plain: bool, which: Synthesis) -> None:
         """measured (c, J, D): a new task's classes in all subspaces; sizes: classes of every task, this one too."""

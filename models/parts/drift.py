@@ -37,6 +37,10 @@ MOVED = (
     "features of old classes have moved {ratio:.2f} times the distance between class means: what is stored of them is "
     "out of date. Train the backbone more slowly (its learning rate, fewer epochs)"
 )
+UNLIKE = (
+    "test images of old classes lie {ratio:.2f} times the distance between class means from what is stored of them, "
+    "though these features never change: classes lie closer together than training and test images"
+)
 BLOCK = 4096  # rows compared at a time
 DIGITS = 4  # significant ones: features that a resumed run computes in other batches differ in their last bits
 
@@ -47,7 +51,7 @@ class StoredMeans:
 
     of: what is stored of a feature, (n, D') -> (n, D); default: the feature. unit: means are brought to unit length.
     names: frozen values that make up the features, side by side; (): what the network's head reads. apart: what a ratio
-    above 1 means here, and what to do.
+    above 1 means here, and what to do; default: that features have moved, or, of frozen values, that they cannot have.
     """
 
     means: Tensor
@@ -56,20 +60,24 @@ class StoredMeans:
     of: Callable[[Tensor], Tensor] | None = None
     unit: bool = False
     names: tuple[str, ...] = ()
-    apart: str = MOVED
+    apart: str = ""
+
+    @property
+    def words(self) -> str:
+        return self.apart or (UNLIKE if self.names else MOVED)
 
 
 @dataclass(frozen=True)
 class Drift:
     """shift (C,): NaN for a class without a stored mean or test images. between: NaN with fewer than two means.
-    nearest_stored, nearest_present: accuracy in percent on images of the classes that have both. apart: see
-    StoredMeans."""
+    nearest_stored, nearest_present: accuracy in percent on images of the classes that have both. words: what a ratio
+    above 1 means."""
 
     shift: np.ndarray
     between: float
     nearest_stored: float
     nearest_present: float
-    apart: str
+    words: str
 
 
 def stored_means(learner: "Learner") -> StoredMeans | None:
@@ -177,7 +185,7 @@ def _drift(stored: StoredMeans, rows: Tensor, targets: Tensor, classes: int, run
         between=float(np.median(finite)) if len(finite) else float("nan"),
         nearest_stored=100 * stored_right / total if total else float("nan"),
         nearest_present=100 * present_right / total if total else float("nan"),
-        apart=stored.apart,
+        words=stored.words,
     )
 
 
@@ -249,4 +257,4 @@ def say(found: Mapping[str, Any], task: TaskInfo, drift: Drift | None) -> None:
     if parts:
         log.info("task %d/%d  %s", task.index + 1, task.num_tasks, "  ".join(parts))
     if drift is not None and found["ratio"] is not None and found["ratio"] > 1:
-        log.warning("task %d: %s", task.index + 1, drift.apart.format(ratio=found["ratio"]))
+        log.warning("task %d: %s", task.index + 1, drift.words.format(ratio=found["ratio"]))

@@ -148,15 +148,35 @@ def test_a_ratio_above_one_is_warned_of(scale, warned, caplog):
     assert sum("drift" in entry.message for entry in caplog.records) == 1
 
 
-def test_prototypes_that_are_written_have_not_moved(tmp_path, caplog):
-    """EASE under a ratio above 1: no advice to train a frozen network more slowly."""
-    manager, learner = build_tiny(tmp_path, "ease", epochs=1)
-    for one in manager:
+@pytest.mark.parametrize(
+    ("name", "keys", "words"),
+    [
+        ("simplecil", {}, "these features never change"),
+        ("aper", {"epochs": 1}, "these features never change"),
+        ("fecam", {"epochs": 1}, "these features never change"),
+        ("ease", {"epochs": 1}, "are written, not measured"),
+        ("ease", {"epochs": 1, "use_reweight": False}, "which have not moved\n"),
+        ("slca", {"epochs": 1}, "features of old classes have moved"),
+        ("icarl", {"epochs": 1}, "features of old classes have moved"),
+    ],
+)
+def test_only_what_trains_is_said_to_have_moved(name, keys, words, tmp_path, caplog, monkeypatch):
+    """A ratio above 1: no advice to train a frozen network more slowly."""
+    manager, learner = build_tiny(tmp_path, name, **keys)
+    for one in manager[:2]:
         learn(learner, one)
-    learner.prototypes.matrix[:-2, -1] += 100
-    found = evaluate(learner, manager[:])
-    say(noted(found.drift, found.newest, manager[2].info), manager[2].info, found.drift)
-    assert "are written, not measured" in caplog.text and "have moved" not in caplog.text
+    found = evaluate(learner, manager[:2])
+    say(noted(found.drift, found.newest, manager[1].info) | {"ratio": 1.5}, manager[1].info, found.drift)
+    assert words in caplog.text and "{" not in caplog.text
+    assert ("Train the backbone more slowly" in caplog.text) == ("have moved" in words)
+    assert ('"alpha"' in caplog.text) == (name == "ease" and keys.get("use_reweight") is not False)
+
+
+def test_prototypes_with_zero_blocks_are_not_compared(tmp_path):
+    manager, learner = build_tiny(tmp_path, "ease", epochs=1, use_diagonal=True)
+    for one in manager[:2]:
+        learn(learner, one)
+    assert evaluate(learner, manager[:2]).drift is None
 
 
 def test_predictions_of_the_newest_task(tmp_path):
