@@ -117,15 +117,18 @@ def plot_curves(curves: Sequence[Curves], title: str, path: Path, ylabel: str = 
 
 @dataclass(frozen=True)
 class Sweep:
-    """Of one row over one key: points (value, accuracy in percent), by value."""
+    """Of one row over one key: points (value, accuracy in percent), by value. chosen: the value that a finished sweep
+    chose, where it lies on this line."""
 
     key: str
     label: str
     points: Sequence[tuple[float, float]]
+    chosen: float | None = None
 
 
 def plot_sweeps(sweeps: Sequence[Sweep], title: str, path: Path) -> None:
-    """A panel per key, a line per row, its best point filled; values above 0 that span a decade on a log scale."""
+    """A panel per key, a line per row, the chosen point filled; values that span a decade on a log scale, with a linear
+    piece around a zero."""
     keys = list(dict.fromkeys(sweep.key for sweep in sweeps))
     styles = {label: _style(number) for number, label in enumerate(dict.fromkeys(sweep.label for sweep in sweeps))}
     figure = new_figure(SIZE[0] * (1 if len(keys) == 1 else 0.8 * len(keys)), SIZE[1] + 0.11 * len(styles))
@@ -133,20 +136,21 @@ def plot_sweeps(sweeps: Sequence[Sweep], title: str, path: Path) -> None:
     for key, axes in zip(keys, panels, strict=True):
         lines = [sweep for sweep in sweeps if sweep.key == key]
         for sweep in lines:
-            values, accuracies = zip(*sweep.points, strict=True)
-            best = int(np.argmax(accuracies))
-            axes.plot(values, accuracies, mfc="white", **styles[sweep.label])
-            axes.plot(values[best], accuracies[best], **styles[sweep.label])
-        everywhere = [value for sweep in lines for value, _ in sweep.points]
-        if min(everywhere) > 0 and max(everywhere) >= 10 * min(everywhere):
-            axes.set_xscale("log")
+            axes.plot(*zip(*sweep.points, strict=True), mfc="white", **styles[sweep.label])
+            chosen = [point for point in sweep.points if point[0] == sweep.chosen]
+            for point in chosen:
+                axes.plot(*point, **styles[sweep.label] | {"ms": 8})
+        values = [value for sweep in lines for value, _ in sweep.points]
+        sizes = [abs(value) for value in values if value]
+        if sizes and max(sizes) >= 10 * min(sizes):
+            axes.set_xscale(**{"value": "log"} if min(values) > 0 else {"value": "symlog", "linthresh": min(sizes)})
         axes.set_xlabel(key)
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("last accuracy (percent)")
     figure.suptitle(_wrapped(title, 70 if len(keys) == 1 else 56 * len(keys)), fontsize=10)
     figure.legend(
         [panels[0].plot([], [], mfc="white", **style)[0] for style in styles.values()], styles, ncols=2, fontsize=8,
-        loc="outside lower center", title="on the validation part; filled: the best point", title_fontsize=8,
+        loc="outside lower center", title="on the validation part; filled: the chosen point", title_fontsize=8,
     )  # fmt: skip
     save(figure, path)
 

@@ -27,7 +27,7 @@ from tools.table.jobs import (
 from tools.table.rows import collect, data_fault, settle
 from tools.table.sharing import behind, divide
 from tools.table.show import as_table, csv_table
-from tools.table.spec import TableFile, read_table
+from tools.table.spec import Row, TableFile, read_table
 from utils.checking import parse_set
 from utils.errors import Interrupted, UserError
 from utils.plots import Sweep
@@ -48,6 +48,8 @@ def run(options: argparse.Namespace) -> int:
     if "seed" in given:
         raise UserError("--set seed: give --seeds, which every row takes")
     table = read_table(options.file, options.output, given, options.rows, options.seeds)
+    if options.sweeps is not None and not any(map(swept_numbers, table.rows)):
+        raise UserError(f"--sweeps {options.sweeps}: no row has a grid with two numbers or more for a key")
     failed: list[Outcome] = []
     if options.run:
         make_folder(options.output)
@@ -63,12 +65,12 @@ def run(options: argparse.Namespace) -> int:
     for path in options.write:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, rendered(table, shown, SUFFIXES[path.suffix.lower()]))
-    draw(table, shown, options.figure, options.sweeps, options.differences)
     print(rendered(table, shown, options.format), end="")
     for outcome in failed:
         log.error("failed: %s (status %s): %s", outcome.job.name, outcome.status, outcome.job.last_line())
     for name, reason in skipped.items():
         log.error("not run: %s: %s", name, reason)
+    draw(table, shown, options.figure, options.sweeps, options.differences)
     return 1 if failed or skipped else 0
 
 
@@ -93,7 +95,10 @@ def check_outputs(tables: Sequence[Path], figures: Sequence[Path]) -> None:
     for figure in figures:
         if figure.suffix.lower() not in FIGURES:
             raise UserError(f"'{figure}': a figure is written as {', '.join(FIGURES)}")
-    for path in (*tables, *figures):
+    outputs = [*tables, *figures]
+    for path in outputs:
+        if outputs.count(path) > 1:
+            raise UserError(f"'{path}' is named twice: each output needs a file of its own")
         if path.is_dir():
             raise UserError(f"'{path}' is a folder: name a file")
 
@@ -101,41 +106,57 @@ def check_outputs(tables: Sequence[Path], figures: Sequence[Path]) -> None:
 def draw(
     table: TableFile, shown: Sequence[Any], figure: Path | None, sweeps: Path | None, differences: Path | None
 ) -> None:
+    """What there is; then UserError with each figure that has nothing to draw."""
     from utils.plots import curves_of, plot_curves, plot_differences, plot_sweeps
 
     caption = f"{table.spec.title}\n{table.spec.protocol}"
+    empty = []
     if figure is not None:
         curves = [curves_of(row.row.name, row.runs.curves, row.runs.first) for row in shown if row.runs is not None]
-        if not curves:
-            raise UserError(f"--figure {figure}: no row has a finished seed, so there is no curve to draw")
-        plot_curves(curves, caption, figure)
+        if curves:
+            plot_curves(curves, caption, figure)
+        else:
+            empty.append(f"--figure {figure}: no row has a finished seed, so there is no curve to draw")
     if sweeps is not None:
         lines = sweep_lines(table)
-        if not lines:
-            raise UserError(f"--sweeps {sweeps}: no row has a finished point of a sweep over a number")
-        plot_sweeps(lines, caption, sweeps)
+        if lines:
+            plot_sweeps(lines, caption, sweeps)
+        else:
+            empty.append(f"--sweeps {sweeps}: no row has a finished point of a sweep over a number")
     if differences is not None:
         metric = table.spec.metrics[0]
         bars = [(entry.row.name, verdict.difference, verdict.error, verdict.word) for entry in shown
                 if (verdict := entry.verdicts[metric]).difference is not None]  # fmt: skip
-        if not bars:
-            raise UserError(f"--differences {differences}: no row has ours and theirs, so there is nothing to draw")
-        plot_differences(bars, metric, caption, differences)
+        if bars:
+            plot_differences(bars, metric, caption, differences)
+        else:
+            empty.append(f"--differences {differences}: no row has ours and theirs, so there is nothing to draw")
+    if empty:
+        raise UserError("\n".join(empty))
 
 
 def sweep_lines(table: TableFile) -> list[Sweep]:
-    """A line per row and number that it sweeps; where it sweeps several keys, one for each choice of the others."""
+    """A line per row and number that it sweeps; where it sweeps several keys, one for each choice of the others. The
+    point that a finished sweep chose is its line's."""
     found: dict[tuple[str, str], list[tuple[float, float]]] = {}
+    chosen: dict[tuple[str, str], float] = {}
     for row in table.rows:
-        for key, values in row.spec.grid.items():
-            if sum(map(is_number, values)) < 2:
-                continue
-            for point, last in row.swept:
+        best = max(row.swept, key=lambda entry: entry[1], default=None) if not row.grid else None
+        for key in swept_numbers(row):
+            for entry in row.swept:
+                point, last = entry
                 others = ", ".join(f"{name} {json.dumps(value)}" for name, value in point.items() if name != key)
                 if is_number(point[key]):
-                    label = f"{row.name} ({others})" if others else row.name
-                    found.setdefault((key, label), []).append((point[key], last))
-    return [Sweep(key, label, sorted(points)) for (key, label), points in found.items()]
+                    line = key, f"{row.name} ({others})" if others else row.name
+                    found.setdefault(line, []).append((point[key], last))
+                    if entry is best:
+                        chosen[line] = point[key]
+    return [Sweep(*line, points=sorted(points), chosen=chosen.get(line)) for line, points in found.items()]
+
+
+def swept_numbers(row: Row) -> list[str]:
+    """Keys of a row's grid with two numbers or more."""
+    return [key for key, values in row.spec.grid.items() if sum(map(is_number, values)) > 1]
 
 
 def sweep_jobs(table: TableFile) -> list[Job]:

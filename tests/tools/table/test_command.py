@@ -13,8 +13,11 @@ import pytest
 
 import main
 from tests.made_results import SIMPLECIL, made_config, write_seed
+from tools.table.command import sweep_lines
 from tools.table.jobs import Job, environment, job_of, missing, run_local
+from tools.table.rows import settle
 from tools.table.spec import read_table
+from utils import plots
 from utils.errors import ConfigError, Interrupted, UserError
 
 GOLDEN = Path(__file__).resolve().parents[2] / "fixtures" / "table"
@@ -173,9 +176,15 @@ def test_a_best_point_at_the_edge_of_a_sweep_is_said_and_sweeps_are_drawn(grid, 
     write_table(project, [{"name": "x", "config": "../a.json", "grid": grid}])
     row = read_table(project / "exps" / "tables" / "t.json", Path("runs")).rows[0]
     figure, is_drawn = project / "sweeps.svg", len(grid.get("image_size", ())) > 1
-    assert table("--sweeps", str(figure)) == 2 and "no row has a finished point" in capsys.readouterr().err
+    assert table("--sweeps", str(figure)) == 2
+    words = "no row has a finished point" if is_drawn else "no row has a grid with two numbers or more"
+    assert words in capsys.readouterr().err
     for number, (_, experiment) in enumerate(row.grid):
+        assert sum(sweep.chosen is not None for sweep in lines_of(project)) == 0, "the sweep is not finished"
         write_seed(experiment.folder, experiment.config, 1993, curve=(99.0, 85.0 if number == best else 80.0))
+    point = row.grid[best][0]
+    numbers = {key: point[key] for key in grid if key != "normalize" and len(grid[key]) > 1}
+    assert {sweep.key: sweep.chosen for sweep in lines_of(project) if sweep.chosen is not None} == numbers
     assert table("--sweeps", str(figure)) == (0 if is_drawn else 2)
     assert figure.exists() == is_drawn
     if is_drawn:
@@ -184,6 +193,32 @@ def test_a_best_point_at_the_edge_of_a_sweep_is_said_and_sweeps_are_drawn(grid, 
     assert table() == 0
     words = f", at the edge of the sweep over {' and '.join(edges)}." if edges else "."
     assert f"by 85.00 on the validation part{words}" in capsys.readouterr().out
+
+
+def lines_of(project: Path):
+    return sweep_lines(settle(read_table(project / "exps" / "tables" / "t.json", Path("runs")), Path("runs")))
+
+
+@pytest.mark.parametrize(("values", "scale"), [([1, 2], "linear"), ([1e-5, 1e-2], "log"), ([0, 1e-5, 1e-2], "symlog")])
+def test_the_axis_of_a_sweep_fits_its_values(values, scale, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(plots, "save", lambda figure, path: drawn.append(figure))
+    plots.plot_sweeps([plots.Sweep("key", "row", [(value, 50.0) for value in values])], "title", tmp_path / "x.png")
+    assert drawn[0].axes[0].get_xscale() == scale
+
+
+def test_what_cannot_be_drawn_hides_nothing(project, capsys):
+    """The table is printed, the other figure drawn, and then each figure that is empty is named."""
+    write_table(project, [{"name": "x", "config": "../a.json", "grid": {"image_size": [16, 32]}}])
+    point = read_table(project / "exps" / "tables" / "t.json", Path("runs")).rows[0].grid[0][1]
+    write_seed(point.folder, point.config, 1993, curve=(99.0, 80.0))
+    sweeps, curves = project / "sweeps.svg", project / "curves.svg"
+    assert table("--sweeps", str(sweeps), "--figure", str(curves)) == 2
+    out, err = capsys.readouterr()
+    assert "the sweep is at 1 of 2 points" in out and "no row has a finished seed" in err
+    assert sweeps.is_file() and not curves.exists()
+    assert table("--sweeps", str(sweeps), "--figure", str(sweeps)) == 2
+    assert "is named twice" in capsys.readouterr().err
 
 
 def job(tmp_path: Path, name: str, code: str) -> Job:
