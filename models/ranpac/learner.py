@@ -12,6 +12,7 @@ clothes with a ViT-S 83 -> 11 % in one task, docs/results_real.md; a lambda belo
 """
 
 import logging
+import math
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
 
@@ -93,10 +94,11 @@ class RanPAC(FirstSession):
             else:
                 self.ridge.solve(ridge := self._lambda(features, labels))
                 if ridge < (rounding := self.ridge.rounding):
+                    low = max(0, math.ceil(math.log10(rounding)))
                     log.warning(
                         "task %d: lambda %.0e lies below the rounding of the Gram matrix (%.0e): where that is "
-                        'singular the scores are noise. "ridges": [0, 8] with "ridge_slack": 0.01 keep lambda above it',
-                        task.index + 1, ridge, rounding,
+                        'singular the scores are noise. "ridges": [%d, 8], "ridge_slack": 0.01 keep lambda above it',
+                        task.index + 1, ridge, rounding, low,
                     )  # fmt: skip
 
     def _lambda(self, features: Tensor, labels: Tensor) -> float:
