@@ -235,6 +235,7 @@ def test_no_gradient_outlives_its_stage(stream):
         learn(learner, task, Looks())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stream", ["equal tasks"], indirect=True)
 def test_what_lives_beside_the_state_does_not_grow(stream):
     """Bytes of tensors made in learning that are still there after a task and are no part of what is saved."""
