@@ -137,13 +137,16 @@ def plot_sweeps(sweeps: Sequence[Sweep], title: str, path: Path) -> None:
         lines = [sweep for sweep in sweeps if sweep.key == key]
         for sweep in lines:
             axes.plot(*zip(*sweep.points, strict=True), mfc="white", **styles[sweep.label])
-            chosen = [point for point in sweep.points if point[0] == sweep.chosen]
-            for point in chosen:
-                axes.plot(*point, **styles[sweep.label] | {"ms": 8})
+            for value, accuracy in sweep.points:
+                if value == sweep.chosen:
+                    axes.plot(value, accuracy, **styles[sweep.label] | {"ms": 8})
         values = [value for sweep in lines for value, _ in sweep.points]
         sizes = [abs(value) for value in values if value]
         if sizes and max(sizes) >= 10 * min(sizes):
-            axes.set_xscale(**{"value": "log"} if min(values) > 0 else {"value": "symlog", "linthresh": min(sizes)})
+            if min(values) > 0:
+                axes.set_xscale("log")
+            else:
+                axes.set_xscale("symlog", linthresh=min(sizes))
         axes.set_xlabel(key)
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("last accuracy (percent)")

@@ -92,14 +92,9 @@ class RanPAC(FirstSession):
             if self.config.head == "ncm":
                 self.ridge.weight = self.ridge.sums.clone()
             else:
-                self.ridge.solve(ridge := self._lambda(features, labels))
-                if ridge < (rounding := self.ridge.rounding):
-                    low = max(0, math.ceil(math.log10(rounding)))
-                    log.warning(
-                        "task %d: lambda %.0e lies below the rounding of the Gram matrix (%.0e): where that is "
-                        'singular the scores are noise. "ridges": [%d, 8], "ridge_slack": 0.01 keep lambda above it',
-                        task.index + 1, ridge, rounding, low,
-                    )  # fmt: skip
+                ridge = self._lambda(features, labels)
+                self.ridge.solve(ridge)
+                self._warn_of_rounding(task, ridge)
 
     def _lambda(self, features: Tensor, labels: Tensor) -> float:
         """The choice among the candidates, on the task's images in a random order."""
@@ -108,6 +103,14 @@ class RanPAC(FirstSession):
         order = self._order(len(labels)).to(labels.device)
         losses = ridge_losses(self.ridge.expand(features[order]), labels[order], ridges)
         return choose_ridge(losses, ridges, self.config.ridge_slack)
+
+    def _warn_of_rounding(self, task: Task, ridge: float) -> None:
+        if ridge < (rounding := self.ridge.rounding):
+            log.warning(
+                "task %d: lambda %.0e lies below the rounding of the Gram matrix (%.0e): where that is singular the "
+                'scores are noise. "ridges": [%d, 8], "ridge_slack": 0.01 keep lambda above it',
+                task.index + 1, ridge, rounding, max(0, math.ceil(math.log10(rounding))),
+            )  # fmt: skip
 
     def _order(self, count: int) -> Tensor:
         return torch.randperm(count, generator=self.generator)

@@ -5,6 +5,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from utils.errors import ConfigError, did_you_mean
+from utils.results import is_number
 
 MISSING: Any = object()
 IN21K = "vit_base_patch16_224.augreg_in21k"
@@ -45,7 +46,7 @@ class Theirs:
                 return float(value)
             except ValueError:
                 pass
-        elif value is None or isinstance(value, int | float) and not isinstance(value, bool):
+        elif value is None or is_number(value):
             return value
         self.fault(f'"{key}" must be a number, got {value!r}')
         return None

@@ -64,9 +64,8 @@ def _is_edge(value: Any, values: Sequence[Any]) -> bool:
 
 
 def unsettled(row: Row) -> str:
-    """Why the best point of a row's grid is not known yet; empty where it is, or where there is no grid."""
-    done = sum(bool(_sweep(row, point)) for _, point in row.grid)
-    return f"the sweep is at {done} of {len(row.grid)} points" if done < len(row.grid) else ""
+    """Why the best point of a row that `settle` has seen is not known yet; empty where it is, or without a grid."""
+    return f"the sweep is at {len(row.swept)} of {len(row.grid)} points" if row.grid else ""
 
 
 def _sweep(row: Row, point: Experiment) -> list[Mapping[str, Any]]:

@@ -160,7 +160,7 @@ def test_a_ratio_above_one_is_warned_of(scale, warned, caplog):
         ("icarl", {"epochs": 1}, "features of old classes have moved"),
     ],
 )
-def test_only_what_trains_is_said_to_have_moved(name, keys, words, tmp_path, caplog, monkeypatch):
+def test_only_what_trains_is_said_to_have_moved(name, keys, words, tmp_path, caplog):
     """A ratio above 1: no advice to train a frozen network more slowly."""
     manager, learner = build_tiny(tmp_path, name, **keys)
     for one in manager[:2]:
